@@ -1,0 +1,3 @@
+"""Cryo-EM reconstruction as probabilistic programming."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,62 @@
+"""What a model sees of a set of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.physics.fourier import HalfPlane
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images on the half-plane with all that is known about each.
+
+    half:        the half-plane, P coefficients
+    index:       (B,) long, row of each image in its Particles
+    image:       (B, P, 2) real and imaginary parts
+    ctf:         (B, P) factor of the slice: the CTF, or its square where the stack is CTF-premultiplied
+    noise_scale: (B, P) factor of sigma, |ctf| where the stack is CTF-premultiplied; None where it is 1 everywhere
+    rotation:    (B, 3, 3) consensus pose, volume axes to view axes
+    translation: (B, 2) displacement of the particle from the box centre, pixels of the model's box, x-y
+    noise_group: (B,) long, row of sigma
+    freq_scale:  (B,) (D apix) of the model over (D apix) of the image: factor of the slice's coordinates
+    size:        how many images the batch stands for: N in a fit, B elsewhere; scales the likelihood by size / B
+    """
+
+    half: HalfPlane
+    index: Tensor
+    image: Tensor
+    ctf: Tensor
+    noise_scale: Tensor | None
+    rotation: Tensor
+    translation: Tensor
+    noise_group: Tensor
+    freq_scale: Tensor
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def standing_for(self, size: int) -> Batch:
+        """The same images, counted as a sample of `size`."""
+        return replace(self, size=size)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        return Batch(**{**moved, "half": HalfPlane.of(self.half.box, device)})
+
+    def band(self, count: int) -> Batch:
+        """The lowest `count` coefficients of every image, a prefix since they are sorted by |k|."""
+        half = replace(
+            self.half,
+            **{name: getattr(self.half, name)[:count] for name in ("k", "shell", "index", "sign")},
+        )
+        noise_scale = None if self.noise_scale is None else self.noise_scale[:, :count]
+        return replace(
+            self, half=half, image=self.image[:, :count], ctf=self.ctf[:, :count], noise_scale=noise_scale
+        )
