@@ -15,7 +15,9 @@ def shared() -> Path:
     return folder
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
 def device(request: pytest.FixtureRequest) -> str:
     """Each device that this machine has."""
     return request.param

@@ -40,6 +40,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    def __getitem__(self, rows: Tensor) -> Batch:
+        """Some of the images: rows (B,) bool or (n,) long."""
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {k: v[rows] if isinstance(v, Tensor) else v for k, v in picked.items()}
+        return Batch(**{**picked, "size": len(picked["index"])})
+
     def standing_for(self, size: int) -> Batch:
         """The same images, counted as a sample of `size`."""
         return replace(self, size=size)
@@ -57,6 +63,4 @@ class Batch:
             **{name: getattr(self.half, name)[:count] for name in ("k", "shell", "index", "sign")},
         )
         noise_scale = None if self.noise_scale is None else self.noise_scale[:, :count]
-        return replace(
-            self, half=half, image=self.image[:, :count], ctf=self.ctf[:, :count], noise_scale=noise_scale
-        )
+        return replace(self, half=half, image=self.image[:, :count], ctf=self.ctf[:, :count], noise_scale=noise_scale)

@@ -50,7 +50,12 @@ class HalfPlane:
 
     def count(self, kmax: float) -> int:
         """How many coefficients have |k| <= kmax: the prefix that a band limit keeps."""
-        return int((self.k.square().sum(-1) <= kmax**2 + 1e-6).sum())
+        return _count(self.box, float(kmax))
+
+
+@lru_cache(maxsize=256)
+def _count(box: int, kmax: float) -> int:
+    return int((_half_plane(box, "cpu").k.square().sum(-1) <= kmax**2 + 1e-6).sum())
 
 
 @lru_cache(maxsize=64)
@@ -107,7 +112,7 @@ def half_plane_to_image(values: Tensor, half: HalfPlane) -> Tensor:
 
 
 def volume_to_fourier(volume: Tensor) -> Tensor:
-    """Centred transform (*batch, D, D, D) -> (*batch, D, D, D // 2 + 1), kz and ky from -D/2, kx from 0; factor 1 / D."""
+    """Centred transform (*batch, D, D, D) -> (*batch, D, D, D // 2 + 1), kz, ky centred; factor 1 / D."""
     spectrum = torch.fft.rfftn(torch.fft.ifftshift(volume, dim=(-3, -2, -1)), dim=(-3, -2, -1))
     return torch.fft.fftshift(spectrum, dim=(-3, -2)) / volume.shape[-1]
 
@@ -142,6 +147,6 @@ def soft_disc(box: int, radius_px: float, edge_px: float, dims: int = 2, device:
 
 
 def shift_phase(k: Tensor, translation_px: Tensor, box: int) -> Tensor:
-    """S(t)(k) = exp(-2 pi i k.t / D), the transform of moving an image by t: (P, 2), (*batch, 2) -> (*batch, P) complex."""
+    """S(t)(k) = exp(-2 pi i k.t / D), what moves an image by t: (P, 2), (*batch, 2) -> (*batch, P) complex."""
     angle = (-2 * math.pi / box) * (translation_px @ k.T)
     return torch.polar(torch.ones_like(angle), angle)

@@ -116,14 +116,14 @@ def point_group(name: str) -> Tensor:
     """Rotations (n, 3, 3) of a point group: C1, C2, ... Cn, D2, ... Dn, T, O or I; the identity comes first.
 
     Axes as in RELION for Cn (n-fold along z), Dn (n-fold along z, 2-fold along x) and O (4-folds along x, y, z).
-    T has its 2-folds and I three of its 2-folds along x, y and z (RELION's I1 is another setting: turn the poses first).
+    T has its 2-folds and I three of its 2-folds along x, y and z (turn poses of other settings first).
     Symmetry of a volume: V(S r) = V(r), so R and R @ S give the same projection.
     """
     match = re.fullmatch(r"([CD])(\d+)|([TOI])", name.upper())
     if match is None or (match.group(2) is not None and int(match.group(2)) < 1):
         raise ValueError(f"symmetry {name!r} is not a point group; expected C1, C4, D7, T, O or I")
     axis = "X" if name.upper() == "C1" else "Z"
-    group = Rotation.create_group(name.upper(), axis=axis).as_matrix()
+    group = Rotation.create_group(name.upper(), axis=axis).as_matrix()  # type: ignore[arg-type]
     order = np.argsort(-np.trace(group, axis1=1, axis2=2), kind="stable")
     matrices = group[order]
     if len(matrices) != _order(match):

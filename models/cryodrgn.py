@@ -1,0 +1,86 @@
+"""cryoDRGN: a continuous family of maps, decoded from z by a coordinate network. Poses are known."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.encoder import FrameEncoder
+from pyro_cryo.inference.reconstruct import reconstruct
+from pyro_cryo.model import CryoModel, Density, form_image
+from pyro_cryo.physics.fourier import HalfPlane
+from pyro_cryo.physics.slices import slice_coordinates
+from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.conjugate import shell_power
+from pyro_cryo.volumes.grid import VoxelGrid
+from pyro_cryo.volumes.mlp import CoordinateMLP
+
+MOTION_SNR = 2.0  # states share the images: a motion is seen less far than the consensus, whose limit is about 0.3
+
+
+class CryoDRGN(CryoModel):
+    """V(k | z) = V0(k) + net(k, z), z ~ Normal(0, I): a consensus map, solved for, and a network for what moves.
+
+    box: D, pixels; zdim: dimension of z; width, layers: of the network and the encoder; kmax: band limit of what
+    moves, cycles a box (default: as far as the consensus has a signal-to-noise ratio above MOTION_SNR).
+    """
+
+    def __init__(
+        self,
+        box: int,
+        zdim: int = 8,
+        width: int = 256,
+        layers: int = 3,
+        kmax: float | None = None,
+        noise_groups: int = 1,
+    ) -> None:
+        super().__init__(box, noise_groups)
+        self.zdim, self.width, self.layers = zdim, width, layers
+        self.consensus = VoxelGrid(box)
+        self.volume = CoordinateMLP(box, zdim, width, layers, kmax=kmax)
+        self.kmax = kmax
+        self.register_buffer("mask", torch.ones(box, box, box))
+
+    def latent(self) -> Tensor:
+        return pyro.sample("z", dist.Normal(self.log_sigma.new_zeros(self.zdim), 1.0).to_event(1))
+
+    def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
+        points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)
+        count = HalfPlane.of(self.box, points.device).count(self.volume.kmax)
+        moving = density(points[..., :count, :], z)
+        still = self.consensus(points)
+        slices = torch.cat([still[..., :count, :] + moving, still[..., count:, :]], -2)
+        return form_image(slices, translation, batch)
+
+    def expected(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images of V0 alone (B, P, 2) and the size of a slice's coefficients (P,): what the encoder compares with."""
+        points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
+        image = form_image(self.consensus(points), batch.translation, batch)
+        return image, self.volume.amplitude[batch.half.shell]
+
+    def make_guide(self) -> nn.Module:
+        return FrameEncoder(self, self.expected, width=self.width, layers=self.layers)
+
+    def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        start = reconstruct(particles, device=self.mask.device, generator=generator, draws=1, progress=progress)
+        if self.kmax is None:
+            self.volume.kmax = band_limit(start.signal_to_noise)
+        self.consensus.set(start.volume)
+        self.volume.amplitude.copy_((self.box * shell_power(start.volume, self.box // 2 + 1)).sqrt())
+        self.log_sigma.data.copy_(start.sigma.log())
+        self.mask.copy_((start.scale / start.scale.max()).clamp_max(0.1) * 10)
+
+    def map(self, z: Tensor | None = None) -> Tensor:
+        return self.mask * (self.consensus.map(z) + self.volume.map(z))
+
+
+def band_limit(signal_to_noise: Tensor) -> float:
+    """The last shell before the signal-to-noise ratio (D / 2 + 1,) falls below MOTION_SNR, at least D / 8."""
+    weak = (signal_to_noise[1:] < MOTION_SNR).nonzero().flatten()
+    last = int(weak[0]) if len(weak) else len(signal_to_noise) - 1
+    return float(max(last, len(signal_to_noise) // 4))

@@ -1,0 +1,1 @@
+"""What a fit means: resolution, maps to look at, the latent space, pictures."""

@@ -1,0 +1,355 @@
+"""Particles: images on disk and what a table knows of them, as batches for a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.exposure import attenuation
+from pyro_cryo.data.open import opened
+from pyro_cryo.data.order import Order
+from pyro_cryo.data.pixels import Pixels, chunks
+from pyro_cryo.data.selection import Subset
+from pyro_cryo.data.stack import Stack
+from pyro_cryo.data.table import Table
+from pyro_cryo.physics.ctf import CTF
+from pyro_cryo.physics.fourier import HalfPlane
+
+LEAST_NOISE = 0.1  # of |ctf|, where a premultiplied image has next to no noise: the floor keeps likelihoods finite
+
+
+@dataclass(frozen=True, eq=False)
+class Particles:
+    """N images of particles, read when a batch is made.
+
+    Protein is bright, `translation` is the displacement of the particle from the box centre and a rotation takes
+    volume axes to view axes, whatever the input's own conventions.
+
+    table:     what the input says
+    stack:     where the images are
+    box:       D, even: images are Fourier-cropped to it
+    invert:    whether contrast is toggled
+    normalize: whether each image gets mean 0 and standard deviation 1 outside a circle of 0.9 times the box
+    window:    fraction of half the box inside which a soft disc is 1 (0 at the edge of the box), or None
+    """
+
+    table: Table
+    stack: Stack
+    box: int
+    invert: bool = False
+    normalize: bool = False
+    window: float | None = None
+
+    @staticmethod
+    def open(
+        path: str | Path,
+        *,
+        box: int | None = None,
+        apix: float | None = None,
+        datadir: str | Path | None = None,
+        invert: bool = False,
+        normalize: bool = False,
+        first: int | None = None,
+        subset: Subset | None = None,
+        poses: str | Path | None = None,
+        ctf: str | Path | None = None,
+        window: float | None = None,
+    ) -> Particles:
+        """Open a table or a stack; images are not read yet.
+
+        path:    .star (RELION 3.0, 3.1, 5; an optimisation set or the particles of a tilt series), .cs, .mrcs or .mrc,
+                 or .txt, a list of stacks
+        box:     even; default: the smallest box of the optics groups
+        apix:    angstrom a stored pixel, in place of what the files say
+        datadir: folder for stacks that are not where the table says; or one stack that holds the table's images, by
+                 frame where the table names one stack, else in the order of its rows
+        invert:  toggle contrast, for images with dark protein; cryoSPARC's blob/sign is applied anyway
+        first:   keep so many particles, of those that `subset` keeps
+        subset:  numbers from 0, or a file of them (.txt, .npy, .pkl), or a .star that names the images to keep
+        poses, ctf: cryoDRGN's pickles, in place of what the table says
+        window:  fraction of half the box, above 0 and up to 1; default: no window
+
+        Raises FileNotFoundError or ValueError with the value and the mend where the input is not sound.
+
+            particles = Particles.open("particles.star", box=128)
+            for batch in particles.batches(256, generator=torch.Generator().manual_seed(0)):
+                ...
+        """
+        if window is not None and not 0 < window <= 1:
+            raise ValueError(f"window is {window:g}; expected a fraction of half the box, above 0 and up to 1")
+        folder = None if datadir is None else Path(datadir)
+        table, stack, size = opened(
+            Path(path), box=box, apix=apix, datadir=folder, first=first, subset=subset, poses=poses, ctf=ctf
+        )
+        return Particles(table, stack, size, invert, normalize, window)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, rows: slice | Tensor | np.ndarray | list[int]) -> Particles:
+        """Particles of these rows: a slice, a mask (N,) or numbers."""
+        index = torch.arange(len(self))[torch.as_tensor(rows) if not isinstance(rows, slice) else rows]
+        if index.ndim != 1:
+            raise TypeError(
+                "particles[i] takes a slice, a mask or an array of rows; for one image use particles[i : i + 1]"
+            )
+        return replace(self, table=self.table[index])
+
+    @property
+    def half(self) -> HalfPlane:
+        """The half-plane of the box."""
+        return HalfPlane.of(self.box)
+
+    @cached_property
+    def apix(self) -> float:
+        """Angstrom a pixel of the model's box: the smallest field of view of the optics groups, over the box.
+
+        So every image's half-plane lies inside the model's.
+        """
+        return min(group.field_angstrom for group in self.table.groups) / self.box
+
+    @property
+    def n_noise_groups(self) -> int:
+        """Optics groups, each with its own noise."""
+        return len(self.table.groups)
+
+    @property
+    def noise_group(self) -> Tensor:
+        """(N,) long: the optics group of each image, its row of sigma."""
+        return self.table.group
+
+    @property
+    def half_set(self) -> Tensor:
+        """(N,) int8: the half set 1 or 2 of each image, 0 where the input has none."""
+        return self.table.half_set
+
+    @property
+    def particle(self) -> Tensor:
+        """(N,) long: which particle each image shows."""
+        return self.table.particle
+
+    @cached_property
+    def n_particles(self) -> int:
+        """How many particles there are: N, or fewer for tilt series."""
+        return int(self.particle.max()) + 1 if len(self) else 0
+
+    @property
+    def ctf(self) -> CTF | None:
+        """The optics, fields (N,); None where images have no CTF (it is 1 everywhere)."""
+        return self.table.ctf
+
+    @property
+    def has_poses(self) -> bool:
+        """Whether the input has poses."""
+        return self.table.rotation is not None
+
+    @property
+    def rotation(self) -> Tensor:
+        """(N, 3, 3) float32. Raises ValueError where there are no poses."""
+        if self.table.rotation is None:
+            raise ValueError(
+                f"{self.table.path} has no poses; give poses= (a cryoDRGN .pkl) or a table with rlnAngleRot"
+            )
+        return self.table.rotation
+
+    @property
+    def translation(self) -> Tensor:
+        """(N, 2) float32: displacement of the particle from the box centre, pixels of the model's box, x-y."""
+        return self.table.shift_px * self._pixels_of_model[:, None]
+
+    def with_poses(self, rotation: Tensor, translation: Tensor) -> Particles:
+        """The same images with other rotations (N, 3, 3) and translations (N, 2), pixels of the model's box."""
+        shift_px = translation.detach().cpu().float() / self._pixels_of_model[:, None]
+        return replace(self, table=self.table.with_poses(rotation.detach().cpu(), shift_px))
+
+    @cached_property
+    def _pixels_of_model(self) -> Tensor:
+        """(N,) pixels of the model's box in a stored pixel."""
+        return self.table.per_group([group.apix / self.apix for group in self.table.groups])
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        """(N,) field of view of each image in angstrom."""
+        return self.table.per_group([group.field_angstrom for group in self.table.groups])
+
+    @cached_property
+    def _freq_scale(self) -> Tensor:
+        return self.apix * self.box / self._lengths
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """(N,) factor of the coefficients: contrast, and the area of a pixel against the model's.
+
+        Pixel values are samples of one function whatever the field of view L, so the unitary transform of D x D of them
+        goes with 1 / L^2.
+        """
+        return self.table.sign * (-1.0 if self.invert else 1.0) / self._freq_scale**2
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """(N, 23) all floats of a row side by side, so that a batch is one gather and one transfer."""
+        ctf = self.ctf
+        optics = [torch.zeros(len(self), 9)] if ctf is None else [torch.stack(list(vars(ctf).values()), -1)]
+        exposure = torch.zeros(len(self)) if self.table.exposure is None else self.table.exposure
+        # Shifts are phases at k in cycles of the image's own field of view, hence in that field's pixels.
+        translation = self.translation * self._freq_scale[:, None]
+        last = torch.stack([self._freq_scale, self._factor, exposure], -1)
+        return torch.cat([*optics, self.rotation.flatten(1), translation, last], -1)
+
+    @cached_property
+    def _premultiplied(self) -> Tensor:
+        return torch.tensor([group.premultiplied for group in self.table.groups])[self.table.group]
+
+    def batch(self, rows: slice | Tensor | np.ndarray | list[int], device: torch.device | str = "cpu") -> Batch:
+        """The images of these rows with all that is known about them, on `device`; `size` is their number."""
+        index = torch.arange(len(self))[torch.as_tensor(rows) if not isinstance(rows, slice) else rows]
+        return self._batch(index, self._read(index, pin=torch.device(device).type == "cuda"), device)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        start: int = 0,
+    ) -> Iterator[Batch]:
+        """One pass over the images, shuffled where there is a generator; the last batch may be smaller.
+
+        Files are read one batch ahead by a thread. The order depends on the generator's state alone. `start` skips that
+        many batches as if they had been drawn, without reading them.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        order = Order.of(len(self), self._image_bytes, batch_size, generator)
+        pin = torch.device(device).type == "cuda"
+        for rows, pixels in order.batches(lambda index: self._read(index, pin), start):
+            yield self._batch(rows, pixels, device)
+
+    @property
+    def _image_bytes(self) -> int:
+        return 4 * max(group.box for group in self.table.groups) ** 2
+
+    def _read(self, rows: Tensor, pin: bool) -> Pixels:
+        boxes = torch.tensor([group.box for group in self.table.groups])[self.table.group[rows]]
+        parts = []
+        for box in boxes.unique().tolist():
+            position = (boxes == box).nonzero().squeeze(-1)
+            images = torch.empty(len(position), box, box, pin_memory=pin)
+            picked = rows[position].numpy()
+            self.stack.read(self.table.file[picked], self.table.frame[picked], images.numpy())
+            self._check_finite(images, rows[position])
+            parts.append((position, images))
+        return Pixels(tuple(parts))
+
+    def _check_finite(self, images: Tensor, rows: Tensor) -> None:
+        if bool(torch.isfinite(images.sum(dtype=torch.float64))):
+            return
+        row = int(rows[int((~torch.isfinite(images).flatten(1).all(1)).nonzero()[0])])
+        stack, frame = self.table.files[self.table.file[row]], self.table.frame[row] + 1
+        raise ValueError(f"image {row} ({frame}@{stack}) has pixels that are not finite; leave it out by subset=")
+
+    def _batch(self, rows: Tensor, pixels: Pixels, device: torch.device | str) -> Batch:
+        half = HalfPlane.of(self.box, device)
+        numbers = self._sent(self._numbers[rows], device)
+        whole = self._sent(torch.stack([rows, self.table.group[rows], self._premultiplied[rows].long()], -1), device)
+        freq_scale, factor, exposure = numbers[:, 20:].unbind(-1)
+        ctf = self._ctf_of(numbers[:, :9], freq_scale, exposure, half)
+        noise_scale = None
+        if bool(self._premultiplied.any()):
+            squared = whole[:, 2:].bool()
+            noise_scale = torch.where(squared, ctf.abs().clamp_min(LEAST_NOISE), 1.0)
+            ctf = torch.where(squared, ctf.square(), ctf)
+        return Batch(
+            half=half,
+            index=whole[:, 0],
+            image=pixels.to_half_plane(half, factor, self.normalize, self.window),
+            ctf=ctf,
+            noise_scale=noise_scale,
+            rotation=numbers[:, 9:18].unflatten(-1, (3, 3)),
+            translation=numbers[:, 18:20],
+            noise_group=whole[:, 1],
+            freq_scale=freq_scale,
+            size=len(rows),
+        )
+
+    def _sent(self, values: Tensor, device: torch.device | str) -> Tensor:
+        if torch.device(device).type != "cuda":
+            return values.to(device)
+        return values.pin_memory().to(device, non_blocking=True)
+
+    def _ctf_of(self, optics: Tensor, freq_scale: Tensor, exposure: Tensor, half: HalfPlane) -> Tensor:
+        """(B, P)"""
+        if self.ctf is None:
+            return torch.ones(len(optics), len(half), device=half.k.device)
+        frequency = half.k / (self.apix * self.box)
+        if len({group.field_angstrom for group in self.table.groups}) > 1:
+            frequency = frequency * freq_scale[:, None, None]
+        out = torch.empty(len(optics), len(half), device=half.k.device)
+        for rows in chunks(len(optics), len(half), half.k.device):
+            ctf, s = CTF(*optics[rows].unbind(-1)), frequency if frequency.ndim == 2 else frequency[rows]
+            out[rows] = ctf(s)
+            if self.table.exposure is not None:
+                out[rows] *= attenuation(s, exposure[rows], ctf.voltage_kv)
+        return out
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the images, poses and optics are, without where they lie."""
+        digest = hashlib.sha256()
+        names = [Path(name).name for name in self.table.files]
+        settings = (self.box, self.invert, self.normalize, self.window, self.table.groups, names)
+        digest.update(repr(settings).encode())
+        digest.update(np.ascontiguousarray(self.table.file, np.int64).tobytes())
+        digest.update(np.ascontiguousarray(self.table.frame, np.int64).tobytes())
+        fields = [] if self.ctf is None else list(vars(self.ctf).values())
+        for values in (*fields, self.table.rotation, self.table.shift_px, self.table.sign, self.table.exposure):
+            digest.update(b"none" if values is None else values.contiguous().numpy().tobytes())
+        digest.update(self.table.group.numpy().tobytes() + self.half_set.numpy().tobytes())
+        return digest.hexdigest()
+
+    def write_star(
+        self,
+        path: str | Path,
+        rotation: Tensor | None = None,
+        translation: Tensor | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a RELION 3.1 STAR file, with the input's own columns where it was a STAR file.
+
+        rotation (N, 3, 3) and translation (N, 2, pixels of the model's box) replace the poses, `extra` adds columns
+        (N,). Stacks are named relative to the new file's folder. A tilt series is written as its 2-D images.
+        """
+        from pyro_cryo.data.export import to_blocks
+        from pyro_cryo.data.star import write_star
+
+        stacks = [file.path for file in self.stack.files]
+        poses = self._stored_poses(rotation, translation)
+        write_star(path, to_blocks(self.table, stacks, Path(path).resolve().parent, poses, extra or {}))
+
+    def write_cs(self, path: str | Path, rotation: Tensor | None = None, translation: Tensor | None = None) -> None:
+        """Write the rows of a .cs input again, uid and all; poses as in `write_star`."""
+        from pyro_cryo.data.cryosparc import write_particles
+
+        if not isinstance(self.table.source, np.ndarray):
+            raise ValueError(f"{self.table.path} is not a .cs file, so its rows have no uid; write a .star file")
+        write_particles(path, self.table.source, self._stored_poses(rotation, translation))
+
+    def _stored_poses(self, rotation: Tensor | None, translation: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Poses with displacements in stored pixels; None where neither is given."""
+        if rotation is None and translation is None:
+            return None
+        chosen = self.rotation if rotation is None else rotation.detach().cpu()
+        moved = self.translation if translation is None else translation.detach().cpu()
+        if chosen.shape != (len(self), 3, 3) or moved.shape != (len(self), 2):
+            raise ValueError(
+                f"poses of {tuple(chosen.shape)}, {tuple(moved.shape)}; expected ({len(self)}, 3, 3) and (.., 2)"
+            )
+        return chosen, moved / self._pixels_of_model[:, None]

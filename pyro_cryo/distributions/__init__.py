@@ -1,0 +1,5 @@
+"""Distributions that Pyro lacks."""
+
+from pyro_cryo.distributions.volume import ShellNormal
+
+__all__ = ["ShellNormal"]

@@ -1,0 +1,1 @@
+"""Variational families for the sites of the plate."""

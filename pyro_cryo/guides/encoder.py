@@ -1,0 +1,96 @@
+"""Amortised inference of z: a network from an image to q(z | image)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.model import CryoModel
+from pyro_cryo.physics.fourier import HalfPlane, shift_phase
+from pyro_cryo.physics.slices import add_to_grid, slice_coordinates
+from pyro_cryo.volumes.conjugate import noise_sd
+from pyro_cryo.volumes.mlp import ResidualLayer
+
+Expectation = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+class Encoder(nn.Module):
+    """q(z | image) = Normal(loc, sd), both from a multilayer perceptron of `features(batch)`.
+
+    The model is kept aside, not registered: its parameters are its own.
+    """
+
+    def __init__(self, model: CryoModel, inputs: int, width: int = 256, layers: int = 3) -> None:
+        super().__init__()
+        self._model = (model,)
+        zdim = model.zdim
+        self.net = nn.Sequential(
+            nn.Linear(inputs, width),
+            nn.ReLU(),
+            *[ResidualLayer(width) for _ in range(layers)],
+            nn.Linear(width, 2 * zdim),
+        )
+
+    @property
+    def model(self) -> CryoModel:
+        """The model whose z this guesses."""
+        return self._model[0]
+
+    def features(self, batch: Batch) -> Tensor:
+        """What the network sees of each image: (B, inputs)."""
+        raise NotImplementedError
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of q(z | image): (B, zdim) each."""
+        loc, log_sd = self.net(self.features(batch)).float().chunk(2, -1)
+        return loc, torch.exp(log_sd.clamp(-10, 3))
+
+    def forward(self, batch: Batch) -> None:
+        """Sample `z`."""
+        loc, sd = self.moments(batch)
+        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1), poutine.scale(scale=self.model.beta):
+            pyro.sample("z", dist.Normal(loc, sd).to_event(1))
+
+
+class FrameEncoder(Encoder):
+    """Sees the image from the molecule: what a consensus map leaves of it, laid back into the volume's frame.
+
+    The residual of the consensus, whitened, its shift undone and weighted by the CTF, is added to a small 3-D Fourier grid
+    at k @ R. A motion of the molecule then looks alike from every side, and the posterior mean of a linear
+    model is a linear function of these numbers. Needs known poses.
+
+    expected: gives the images (B, P, 2) of the consensus and how large a slice's coefficients are, (P,)
+    reach:    cycles a box up to which the image is seen
+    """
+
+    def __init__(
+        self, model: CryoModel, expected: Expectation, reach: int = 10, width: int = 256, layers: int = 3
+    ) -> None:
+        reach = min(reach, model.box // 2 - 1)
+        side = 2 * (reach + 1)
+        super().__init__(model, side**2 * (side // 2 + 1) * 2, width, layers)
+        self.side, self.count = side, HalfPlane.of(model.box).count(reach)
+        self._expected = (expected,)
+
+    def features(self, batch: Batch) -> Tensor:
+        """The back-projected residual: (B, 2 x grid)."""
+        low = batch.band(self.count)
+        with torch.no_grad():
+            consensus, amplitude = self._expected[0](low)
+            residual = torch.view_as_complex((low.image - consensus).contiguous())
+            sd = noise_sd(low, self.model.sigma)
+            strength = low.ctf * amplitude / sd
+            score = residual * shift_phase(low.half.k, low.translation, low.half.box).conj()
+            score = score * (strength / (1 + strength.square()).sqrt() / sd)
+            points = slice_coordinates(low.rotation, low.half.k, low.freq_scale)
+            grid = torch.zeros(
+                len(batch), self.side, self.side, self.side // 2 + 1, dtype=score.dtype, device=score.device
+            )
+            add_to_grid(grid, points, score, oversample=1)
+            return torch.view_as_real(grid).flatten(1)

@@ -1,0 +1,1 @@
+"""Fitting: closed-form reconstruction, the ELBO loop, saved runs."""

@@ -1,0 +1,208 @@
+"""One map from particles with known poses: noise, prior, mask and map, all by solving linear systems.
+
+1. the noise of every noise group and shell: from a sample of images, what is left after a first map
+2. one pass over all images accumulates the normal equations of two half sets
+3. the prior's variance of every shell by empirical Bayes (MacKay's fixed point) and the solvent mask
+4. conjugate gradients for the posterior mean of the map and of both half-maps, perturb-and-solve for its sd
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.distributions.volume import filter_shells
+from pyro_cryo.physics.fourier import shift_phase
+from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
+from pyro_cryo.volumes.mask import density_envelope, find_mask
+
+SAMPLE = 1000  # images a noise group from which the noise spectrum is learned
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A map and what is known about it.
+
+    volume, sd:   (D, D, D) posterior mean and standard deviation a voxel
+    halves:       two (D, D, D) maps from independent half sets
+    mask:         (D, D, D) solvent mask, 0 to 1
+    scale:        (D, D, D) prior sd of each voxel, up to the factor tau
+    tau:          (D / 2 + 1,) prior standard deviation a shell of u, V = scale * u
+    coefficient_sd: (D / 2 + 1,) posterior standard deviation a shell of u, each coefficient on its own
+    signal_to_noise: (D / 2 + 1,) power of the map over the variance of its estimate, a shell, over the whole box
+    sigma:        (noise groups, D / 2 + 1) noise standard deviation of each real Fourier component
+    """
+
+    volume: Tensor
+    sd: Tensor
+    halves: tuple[Tensor, Tensor]
+    mask: Tensor
+    scale: Tensor
+    tau: Tensor
+    coefficient_sd: Tensor
+    signal_to_noise: Tensor
+    sigma: Tensor
+
+
+def reconstruct(
+    particles: Particles,
+    *,
+    symmetry: Tensor | None = None,
+    mask: Tensor | str | None = "auto",
+    draws: int = 4,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+    progress: Progress = quiet,
+) -> Reconstruction:
+    """Reconstruct one map.
+
+    symmetry:  (G, 3, 3) rotations of the point group (`rotations.point_group`); default none
+    mask:      (D, D, D) in 0 to 1, "auto" to find it, None for none (then the prior is the same everywhere)
+    draws:     posterior draws behind the voxels' standard deviation
+    generator: seeds the half sets where the particles bring none, and the draws
+    progress:  wraps the batches of the pass over all images
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    symmetry = torch.eye(3)[None] if symmetry is None else symmetry
+    symmetry = symmetry.to(device)
+    half_set = half_sets(particles, generator)
+    sigma = learn_noise(particles, symmetry, generator, batch_size, device)
+    halves = (NormalEquations.empty(particles.box, device), NormalEquations.empty(particles.box, device))
+    batches = particles.batches(batch_size, device=device)
+    for batch in progress(batches, -(-len(particles) // batch_size), "reconstruct"):
+        first = half_set[batch.index.cpu()].to(device) == 1
+        for half, rows in zip(halves, (first, ~first), strict=True):
+            half.add(batch[rows], sigma, symmetry)
+    return _solve(halves, sigma, len(symmetry), mask, draws, generator)
+
+
+def _solve(
+    halves: tuple[NormalEquations, NormalEquations],
+    sigma: Tensor,
+    order: int,
+    mask: Tensor | str | None,
+    draws: int,
+    generator: torch.Generator,
+) -> Reconstruction:
+    whole = halves[0] + halves[1]
+    everywhere = torch.ones((whole.box,) * 3, device=whole.value.device)
+    plain = whole.posterior(everywhere)
+    first = plain.to_map(plain.mean(1e-2))
+    if mask is None:
+        mask, scale = everywhere, everywhere
+    elif isinstance(mask, str):
+        mask = find_mask(first)
+        scale = density_envelope(first, mask)
+    else:
+        mask = mask.to(everywhere)
+        scale = mask * density_envelope(mask * first, mask)
+    posterior = whole.posterior(scale, plain.tau / scale.square().mean().sqrt())
+    mean = posterior.mean(1e-2)
+    for tolerance in (1e-2, 3e-3):
+        tau = mackay_tau(posterior, mean)
+        mean = filter_shells(mean, posterior.tau / tau)
+        posterior = posterior.with_tau(tau)
+        mean = posterior.mean(tolerance, start=mean)
+    volume = posterior.to_map(mean)
+    # R and R S count as one image: the draws of a symmetric map are narrower by the order of the group
+    square = posterior.to_map(posterior.deviations(draws, generator, 0.1)).square().mean(0) / order
+    alone = [half.posterior(everywhere) for half in halves]
+    first_half, second_half = (own.to_map(own.mean(1e-2)) for own in alone)
+    return Reconstruction(
+        volume=volume,
+        sd=_smooth(square).sqrt(),
+        halves=(first_half, second_half),
+        mask=mask,
+        scale=scale,
+        tau=posterior.tau,
+        coefficient_sd=(1 / (posterior.information() + posterior.tau.square().reciprocal())).sqrt(),
+        signal_to_noise=plain.information() * plain.tau.square(),
+        sigma=sigma,
+    )
+
+
+def _smooth(square: Tensor) -> Tensor:
+    """A posterior variance from few draws, averaged over neighbouring voxels, between which it varies little."""
+    return torch.nn.functional.avg_pool3d(square[None, None], 5, stride=1, padding=2, count_include_pad=False)[0, 0]
+
+
+def half_sets(particles: Particles, generator: torch.Generator) -> Tensor:
+    """1 or 2 for every image: as the table has it, else drawn at random: (N,)."""
+    given = particles.half_set
+    drawn = torch.randint(1, 3, (len(particles),), generator=generator, dtype=given.dtype)
+    return torch.where(given > 0, given, drawn)
+
+
+def learn_noise(
+    particles: Particles, symmetry: Tensor, generator: torch.Generator, batch_size: int, device: torch.device | str
+) -> Tensor:
+    """Noise sd by noise group and shell, (G, L), from what a first map leaves of a sample of images.
+
+    The posterior variance of the map is added to the squared residuals, without which they would be too small by
+    what the map fitted of the noise.
+    """
+    rows = sample_rows(particles, generator)
+    sample = particles[rows]
+    sigma = image_power(sample, batch_size, device)
+    equations = NormalEquations.empty(particles.box, device)
+    for batch in sample.batches(batch_size, device=device):
+        equations.add(batch, sigma, symmetry)
+    posterior = equations.posterior(torch.ones((particles.box,) * 3, device=device))
+    grid = fourier_grid(posterior.to_map(posterior.mean(1e-2)))
+    # variance of a slice's coefficient: D times the posterior variance of a voxel's worth of that shell
+    variance = particles.box / (posterior.information() + posterior.tau.square().reciprocal())
+    total = torch.zeros_like(sigma)
+    count = torch.zeros_like(sigma)
+    for batch in sample.batches(batch_size, device=device):
+        residual = torch.view_as_complex(batch.image) - signal(batch, grid)
+        square = residual.abs().square() + batch.ctf.square() * variance[batch.half.shell]
+        add_shells(total, count, square, batch)
+    return noise_floor((0.5 * total / count.clamp_min(1)).sqrt())
+
+
+def signal(batch: Batch, grid: Tensor) -> Tensor:
+    """The noise-free images of a map given by its Fourier grid: (B, P) complex."""
+    points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
+    return batch.ctf * shift_phase(batch.half.k, batch.translation, batch.half.box) * read_grid(grid, points)
+
+
+def sample_rows(particles: Particles, generator: torch.Generator) -> Tensor:
+    """Up to SAMPLE rows of every noise group, at random, in order."""
+    rows = []
+    for group in range(particles.n_noise_groups):
+        mine = (particles.noise_group == group).nonzero().flatten()
+        rows.append(mine[torch.randperm(len(mine), generator=generator)[:SAMPLE]])
+    return torch.cat(rows).sort().values
+
+
+def image_power(particles: Particles, batch_size: int, device: torch.device | str) -> Tensor:
+    """sd of each real component of the images themselves by noise group and shell: (G, L)."""
+    total = torch.zeros(particles.n_noise_groups, particles.half.shells, device=device)
+    count = torch.zeros_like(total)
+    for batch in particles.batches(batch_size, device=device):
+        add_shells(total, count, torch.view_as_complex(batch.image).abs().square(), batch)
+    return noise_floor((0.5 * total / count.clamp_min(1)).sqrt())
+
+
+def add_shells(total: Tensor, count: Tensor, square: Tensor, batch: Batch) -> None:
+    """Sum squared coefficients (B, P) by noise group and shell into total and count (G, L)."""
+    if batch.noise_scale is not None:
+        square = square / batch.noise_scale.square()
+    shells = total.shape[1]
+    index = (batch.noise_group[:, None] * shells + batch.half.shell).flatten()
+    total.view(-1).index_add_(0, index, square.flatten())
+    count.view(-1).index_add_(0, index, torch.ones_like(square).flatten())
+
+
+def noise_floor(sigma: Tensor) -> Tensor:
+    """sigma with empty shells filled and a floor, so that noise-free data do not diverge."""
+    typical = sigma[:, 1:].median(1).values.clamp_min(1e-12)[:, None]
+    sigma = torch.where(sigma > 0, sigma, typical)
+    return torch.maximum(sigma, 1e-3 * typical)

@@ -1,0 +1,126 @@
+"""The generative story as a Pyro model: a plate of particles and five hooks.
+
+    V          = density()                         the map as a function of frequency and z; random in some models
+    z_i        ~ latent()                          the shape of particle i
+    R_i, t_i   ~ pose(batch)                       where it lies
+    mean_i     = signal(V, z_i, R_i, t_i, batch)   ctf . shift . slice of V(z_i)
+    image_i    ~ noise(mean_i, sigma_i)            one Fourier half-plane
+
+A variant overrides a hook; whatever it samples goes under the names `z`, `rotation`, `translation`, `image`, `volume`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.physics.fourier import HalfPlane, shift_phase
+from pyro_cryo.physics.slices import slice_coordinates
+from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.conjugate import noise_sd
+
+Density = Callable[[Tensor, Tensor | None], Tensor]
+
+pyro.settings.set(module_local_params=True)
+
+
+class CryoModel(nn.Module):
+    """Image formation with a map `self.volume`, known poses and Gaussian noise with a variance for every shell.
+
+    box:          D, pixels
+    noise_groups: rows of sigma (`Particles.n_noise_groups`)
+
+    log_sigma (noise groups, D / 2 + 1) is a parameter: the log standard deviation of each real Fourier component.
+    """
+
+    zdim: int = 0  # dimension of z
+    epochs: int = 20  # passes over the data that a fit of this model takes by default
+    arguments: dict[str, Any]  # what the model was built with: a saved run builds it again
+    volume: nn.Module
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> CryoModel:
+        model = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)
+        bound.apply_defaults()
+        object.__setattr__(model, "arguments", {k: v for k, v in list(bound.arguments.items())[1:]})
+        return model
+
+    def __init__(self, box: int, noise_groups: int = 1) -> None:
+        super().__init__()
+        self.box = box
+        self.log_sigma = nn.Parameter(torch.zeros(noise_groups, HalfPlane.of(box).shells))
+        self.beta = 1.0  # weight of log p(z) and log q(z); the fit's warm-up moves it, 1 is the ELBO
+
+    # ---------------------------------------------------------------- the hooks
+    def density(self) -> Density:
+        """The map as a function of points (*batch, P, 3) and z; samples `volume` where the map is random."""
+        return self.volume
+
+    def latent(self) -> Tensor | None:
+        """Sample `z` for the particles of the plate: (B, zdim), or None where there is no latent coordinate."""
+        return None
+
+    def pose(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rotations (B, 3, 3) and translations (B, 2) in pixels; here the known ones."""
+        return batch.rotation, batch.translation
+
+    def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
+        """Noise-free images (B, P, 2): contrast transfer, shift and central slice of V(z)."""
+        points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)
+        return form_image(density(points, z), translation, batch)
+
+    def noise(self, mean: Tensor, sigma: Tensor) -> TorchDistributionMixin:
+        """What an image is, given its mean (B, P, 2) and the standard deviation sigma (B, P, 1) of each component."""
+        return dist.Normal(mean, sigma)
+
+    # ---------------------------------------------------------------- the story
+    def forward(self, batch: Batch) -> None:
+        """The Pyro model of a batch."""
+        density = self.density()
+        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1):
+            with poutine.scale(scale=self.beta):
+                z = self.latent()
+            rotation, translation = self.pose(batch)
+            mean = self.signal(density, z, rotation, translation, batch)
+            likelihood = self.noise(mean, noise_sd(batch, self.sigma)[..., None])
+            pyro.sample("image", likelihood.to_event(2 - likelihood.event_dim), obs=batch.image)
+
+    @property
+    def sigma(self) -> Tensor:
+        """Noise standard deviation by noise group and shell."""
+        return self.log_sigma.exp()
+
+    def make_guide(self) -> nn.Module:
+        """The variational family of the sites in the plate; without latent sites there is nothing to guess."""
+        return NoGuide()
+
+    def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
+        """Before the descent, once: solve for what is conjugate, set starting values from the data."""
+
+    def map(self, z: Tensor | None = None) -> Tensor:
+        """Maps in real space at z (*batch, zdim): (*batch, D, D, D), z-y-x."""
+        return self.volume.map(z)  # type: ignore[operator]
+
+
+class NoGuide(nn.Module):
+    """The guide of a model without latent sites."""
+
+    def forward(self, batch: Batch) -> None:
+        """Nothing to sample."""
+
+
+def form_image(slices: Tensor, translation: Tensor, batch: Batch) -> Tensor:
+    """Shift central slices (*batch, P, 2) by translation (*batch, 2) pixels and multiply by the CTF."""
+    phase = shift_phase(batch.half.k, translation, batch.half.box)
+    shifted = torch.view_as_complex(slices.contiguous()) * phase * batch.ctf
+    return torch.view_as_real(shifted)

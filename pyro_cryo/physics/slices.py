@@ -1,0 +1,146 @@
+"""Central slices of a volume by trilinear interpolation of its oversampled Fourier grid, and the adjoint.
+
+The Fourier transform of a D^3 volume is sampled `oversample` times finer by zero padding to n = oversample D, and
+read between its samples by trilinear interpolation. Interpolating in Fourier space multiplies the volume by
+sinc(x / n)^2 sinc(y / n)^2 sinc(z / n)^2; dividing by that first (gridding correction, Jackson et al., IEEE TMI
+1991) leaves an error of 1.3% inside half Nyquist for an object that fills 70% of the box, at oversample = 2.
+
+A grid is the rfftn layout (n, n, n / 2 + 1), z-y-x, not centred, with the phase origin at the centre voxel; a
+trailing channel axis carries the components of a basis. Points with kx < 0 are read at -k and conjugated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def slice_coordinates(rotation: Tensor, k: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Where a view's frequencies lie in the volume, k @ R: (*batch, 3, 3), (P, 2) -> (*batch, P, 3), cycles a box.
+
+    scale (*batch,) multiplies the coordinates: (D apix) of the volume over (D apix) of the image.
+    """
+    coordinates = k @ rotation[..., :2, :]
+    return coordinates if scale is None else coordinates * scale[..., None, None]
+
+
+def fourier_grid(volume: Tensor, oversample: int = 2) -> Tensor:
+    """The oversampled grid of real volumes: (D, D, D) -> (n, n, n / 2 + 1) or (C, D, D, D) -> (n, n, n / 2 + 1, C)."""
+    box = volume.shape[-1]
+    n = oversample * box
+    corrected = volume / gridding_sinc(box, n, volume.device)
+    grid = torch.fft.rfftn(_pad_at_origin(corrected, n), dim=(-3, -2, -1)) / box
+    return grid if volume.dim() == 3 else grid.movedim(0, -1).contiguous()
+
+
+def fourier_grid_adjoint(grid: Tensor, box: int) -> Tensor:
+    """The adjoint of `fourier_grid` under Re <., .>: (n, n, n / 2 + 1) -> (D, D, D)."""
+    n = grid.shape[0]
+    # irfftn counts the entries with 0 < kx < n / 2 twice; the adjoint counts each stored entry once.
+    weight = torch.full((n // 2 + 1,), 0.5, device=grid.device)
+    weight[0] = weight[-1] = 1.0
+    volume = torch.fft.irfftn(grid * weight, s=(n, n, n)) * (n**3 / box)
+    return _crop_at_origin(volume, box) / gridding_sinc(box, n, grid.device)
+
+
+def read_grid(grid: Tensor, coordinates: Tensor, oversample: int = 2) -> Tensor:
+    """The grid at points (*batch, M, 3) in cycles a box: complex (*batch, M), or (*batch, M, C) with channels.
+
+    Points beyond the grid's own band read as zero. Differentiable in the grid and the coordinates.
+    """
+    flat = grid.flatten(0, 2)
+    points = coordinates.reshape(-1, 3)
+    value = flat.new_zeros((len(points), *flat.shape[1:]))
+    flip = points[:, 0] < 0
+    for index, weight in _corners(points, flip, grid.shape[0], oversample):
+        value = value + flat.index_select(0, index) * (weight[:, None] if flat.dim() == 2 else weight)
+    value = torch.where(flip[:, None] if flat.dim() == 2 else flip, value.conj(), value)
+    return value.reshape(*coordinates.shape[:-1], *flat.shape[1:])
+
+
+def add_to_grid(grid: Tensor, coordinates: Tensor, value: Tensor, oversample: int = 2) -> None:
+    """The adjoint of `read_grid`, added in place: complex values (*batch, M) at points (*batch, M, 3).
+
+    A real grid takes real values: what each point weighs. A grid (B, n, n, n / 2 + 1) takes the points of each of the
+    B elements of a batch to its own.
+    """
+    flat, points = grid.view(-1), coordinates.reshape(-1, 3)
+    own = torch.zeros(1, dtype=torch.long, device=grid.device)
+    if grid.dim() == 4:
+        each = torch.arange(len(grid), device=grid.device) * grid[0].numel()
+        own = each.repeat_interleave(len(points) // len(grid))
+    flip = points[:, 0] < 0
+    value = value.reshape(-1)
+    value = torch.where(flip, value.conj(), value) if value.is_complex() else value
+    for index, weight in _corners(points, flip, grid.shape[-3], oversample):
+        flat.index_add_(0, index + own, value * weight)
+
+
+def _corners(points: Tensor, flip: Tensor, n: int, oversample: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat index and weight of the eight grid points about each point."""
+    position = torch.where(flip[:, None], -points, points) * oversample
+    base = position.detach().floor()
+    fraction = position - base
+    inside = (position.detach().abs() < n // 2).all(-1)
+    low = base.long().clamp(-n // 2, n // 2 - 1)
+    x = (low[:, 0].clamp_min(0), (low[:, 0] + 1).clamp_min(0))
+    y = (low[:, 1] % n * (n // 2 + 1), (low[:, 1] + 1) % n * (n // 2 + 1))
+    z = (low[:, 2] % n * (n * (n // 2 + 1)), (low[:, 2] + 1) % n * (n * (n // 2 + 1)))
+    fx, fy, fz = fraction.unbind(-1)
+    wx, wy, wz = (1 - fx, fx), (1 - fy, fy), ((1 - fz) * inside, fz * inside)
+    for i in (0, 1):
+        for j in (0, 1):
+            zy, weight = z[i] + y[j], wz[i] * wy[j]
+            for m in (0, 1):
+                yield zy + x[m], weight * wx[m]
+
+
+def gridding_sinc(box: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """What trilinear interpolation on an n grid multiplies a volume by: (D, D, D), centred."""
+    sinc = torch.sinc((torch.arange(box, device=device) - box // 2) / n) ** 2
+    return sinc[:, None, None] * sinc[:, None] * sinc
+
+
+def toeplitz_kernel(weight: Tensor, box: int) -> Tensor:
+    """K with (A^H W A V)(r) = sum_r' K(r - r') V(r'), from the gridded weights of all points (n, n, n / 2 + 1).
+
+    A is the slice operator and W the real weight of each point: (n, n, n), lags from 0 in FFT order. The normal
+    operator of any set of slices is a convolution (Wajer and Pruessmann 2001); gridding the weights costs one pass.
+    """
+    n = weight.shape[0]
+    half = torch.full((n // 2 + 1,), 0.5, device=weight.device)
+    half[0] = half[-1] = 1.0
+    kernel = torch.fft.irfftn((weight * half).to(torch.complex64), s=(n, n, n)) * (n**3 / box**2)
+    return kernel / torch.fft.ifftshift(gridding_sinc(n, n, weight.device))
+
+
+def crop_kernel(kernel: Tensor, box: int) -> Tensor:
+    """The lags that a cube of `box` voxels needs: (n, n, n) -> (2 box, 2 box, 2 box)."""
+    return torch.fft.ifftshift(_centre_crop(torch.fft.fftshift(kernel), 2 * box))
+
+
+def convolve(spectrum: Tensor, volume: Tensor) -> Tensor:
+    """Apply a Toeplitz kernel, given as its rfftn (2b, 2b, b + 1), to volumes (*batch, b, b, b)."""
+    b = volume.shape[-1]
+    padded = torch.fft.rfftn(volume, s=(2 * b,) * 3, dim=(-3, -2, -1))
+    return torch.fft.irfftn(padded * spectrum, s=(2 * b,) * 3, dim=(-3, -2, -1))[..., :b, :b, :b]
+
+
+def _pad_at_origin(volume: Tensor, n: int) -> Tensor:
+    """Zero pad to n and move the centre voxel to index 0."""
+    box = volume.shape[-1]
+    padded = volume.new_zeros((*volume.shape[:-3], n, n, n))
+    padded[..., :box, :box, :box] = volume
+    return padded.roll((-(box // 2),) * 3, (-3, -2, -1))
+
+
+def _crop_at_origin(volume: Tensor, box: int) -> Tensor:
+    """The adjoint of `_pad_at_origin`."""
+    return volume.roll((box // 2,) * 3, (-3, -2, -1))[..., :box, :box, :box]
+
+
+def _centre_crop(volume: Tensor, size: int) -> Tensor:
+    a = volume.shape[-1] // 2 - size // 2
+    return volume[..., a : a + size, a : a + size, a : a + size]

@@ -1,0 +1,227 @@
+"""The exact posterior of a voxel map whose slices were seen with Gaussian noise: solve, do not descend.
+
+The likelihood is Gaussian in the map V and so is the prior V = scale * u, u ~ ShellNormal(tau), where `scale` says
+how much density to expect where (a mask, an envelope). With u = T e and e white, the posterior of e has precision
+H = T S (A^H W A) S T + 1, where A^H W A is a convolution with a kernel that one pass over the images accumulates, and
+mean H^-1 T S A^H W X. Conjugate gradients give the mean; perturb-and-solve (Papandreou and Yuille, NIPS 2010) gives
+exact draws: solve for a right-hand side with the covariance H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.distributions.volume import filter_shells, multiply_spectrum, shell_values
+from pyro_cryo.physics.fourier import half_radius, shift_phase
+from pyro_cryo.physics.slices import (
+    add_to_grid,
+    convolve,
+    crop_kernel,
+    fourier_grid_adjoint,
+    slice_coordinates,
+    toeplitz_kernel,
+)
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """What a set of images says about a map: gridded A^H W X and gridded weights, both (n, n, n / 2 + 1)."""
+
+    box: int
+    value: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def empty(box: int, device: torch.device | str = "cpu", oversample: int = 2) -> NormalEquations:
+        """No images yet."""
+        shape = (oversample * box, oversample * box, oversample * box // 2 + 1)
+        return NormalEquations(
+            box, torch.zeros(shape, dtype=torch.complex64, device=device), torch.zeros(shape, device=device)
+        )
+
+    def add(self, batch: Batch, sigma: Tensor, symmetry: Tensor) -> None:
+        """Add images in place; sigma (noise groups, shells), symmetry (G, 3, 3) the rotations of a point group.
+
+        A symmetric map is seen equally from R and R S: each image counts 1 / G from each of its G equivalent views.
+        """
+        ctf, inverse_variance = batch.ctf, 1 / noise_sd(batch, sigma).square()
+        phase = shift_phase(batch.half.k, batch.translation, batch.half.box)
+        share = inverse_variance / len(symmetry)
+        value = torch.view_as_complex(batch.image) * phase.conj() * (ctf * share)
+        weight = ctf.square() * share
+        for element in symmetry:
+            points = slice_coordinates(batch.rotation @ element, batch.half.k, batch.freq_scale)
+            add_to_grid(self.value, points, value)
+            add_to_grid(self.weight, points, weight)
+
+    def __add__(self, other: NormalEquations) -> NormalEquations:
+        return NormalEquations(self.box, self.value + other.value, self.weight + other.weight)
+
+    def posterior(self, scale: Tensor, tau: Tensor | None = None) -> VoxelPosterior:
+        """The posterior under V = scale * u, scale (D, D, D), u ~ ShellNormal(tau); tau defaults to `first_tau`."""
+        crop = _bounding_cube(scale)
+        side = crop[0].stop - crop[0].start
+        kernel = crop_kernel(toeplitz_kernel(self.weight, self.box), side)
+        rhs = fourier_grid_adjoint(self.value, self.box)
+        spectrum = torch.fft.rfftn(kernel).real.clamp_min(0)
+        unit = torch.ones(self.box // 2 + 1, device=rhs.device)
+        result = VoxelPosterior(self.box, crop, rhs[crop].contiguous(), spectrum, scale[crop].contiguous(), unit)
+        return result.with_tau(first_tau(result) if tau is None else tau)
+
+
+def noise_sd(batch: Batch, sigma: Tensor) -> Tensor:
+    """Standard deviation of each real component of each coefficient: (B, P)."""
+    sd = sigma[batch.noise_group][:, batch.half.shell]
+    return sd if batch.noise_scale is None else sd * batch.noise_scale
+
+
+@dataclass(frozen=True)
+class VoxelPosterior:
+    """Gaussian posterior of e, V = scale * T e, on the cube of `crop`, b voxels a side, where scale is not zero.
+
+    rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel; scale (b, b, b); tau (L,).
+    """
+
+    box: int
+    crop: tuple[slice, slice, slice]
+    rhs: Tensor
+    spectrum: Tensor
+    scale: Tensor
+    tau: Tensor
+
+    def with_tau(self, tau: Tensor) -> VoxelPosterior:
+        """The same images under another prior."""
+        return replace(self, tau=tau)
+
+    def information(self) -> Tensor:
+        """What the images say about a coefficient of u, averaged over each shell: (L,), in the units of 1 / tau^2."""
+        table = shell_mean(
+            self.spectrum, half_radius(2 * len(self.scale)) * (self.box / 2 / len(self.scale)), len(self.tau)
+        )
+        return table * self.scale.square().mean()
+
+    def mean(self, tolerance: float = 1e-3, start: Tensor | None = None) -> Tensor:
+        """Posterior mean of e (b, b, b)."""
+        return self._solve(self.whiten(self.rhs)[None], tolerance, start)[0]
+
+    def deviations(self, count: int, generator: torch.Generator, tolerance: float = 1e-2) -> Tensor:
+        """Draws of e minus its mean: (count, b, b, b)."""
+        b, device = len(self.scale), self.rhs.device
+        draws = []
+        for _ in range(count):
+            noise = torch.randn(2 * b, 2 * b, 2 * b, generator=generator).to(device)
+            score = torch.fft.irfftn(torch.fft.rfftn(noise) * self.spectrum.sqrt(), s=(2 * b,) * 3)[:b, :b, :b]
+            prior = torch.randn(b, b, b, generator=generator).to(device)
+            draws.append(self._solve((self.whiten(score) + prior)[None], tolerance, None))
+        return torch.cat(draws)
+
+    def colour(self, e: Tensor) -> Tensor:
+        """u = F^-1 tau F e: white to the prior of u, (*batch, b, b, b)."""
+        return filter_shells(e, self.tau)
+
+    def whiten(self, score: Tensor) -> Tensor:
+        """The adjoint of e -> scale * colour(e): what a score of V is to e."""
+        return filter_shells(self.scale * score, self.tau)
+
+    def to_map(self, e: Tensor) -> Tensor:
+        """V = scale * colour(e) in the whole box: (*batch, b, b, b) -> (*batch, D, D, D)."""
+        volume = e.new_zeros((*e.shape[:-3], self.box, self.box, self.box))
+        volume[(..., *self.crop)] = self.scale * self.colour(e)
+        return volume
+
+    def _solve(self, rhs: Tensor, tolerance: float, start: Tensor | None) -> Tensor:
+        """Conjugate gradients on H e = rhs, each of the batch on its own, preconditioned shell by shell."""
+        b = len(self.scale)
+        tau = shell_values(self.tau, b)
+        weak = shell_values(1 / (1 + self.information() * self.tau.square()), b)
+
+        def operator(e: Tensor) -> Tensor:
+            score = convolve(self.spectrum, self.scale * multiply_spectrum(e, tau))
+            return multiply_spectrum(self.scale * score, tau) + e
+
+        def dot(a: Tensor, c: Tensor) -> Tensor:
+            return (a * c).sum((-3, -2, -1), keepdim=True)
+
+        e = torch.zeros_like(rhs) if start is None else start.expand_as(rhs).clone()
+        residual = rhs.clone() if start is None else rhs - operator(e)
+        z = multiply_spectrum(residual, weak)
+        direction, rz = z, dot(residual, z)
+        target = tolerance**2 * dot(rhs, multiply_spectrum(rhs, weak))
+        for _ in range(300):
+            if bool((rz <= target).all()):
+                break
+            image = operator(direction)
+            step = rz / dot(direction, image).clamp_min(1e-30)
+            e = e + step * direction
+            residual = residual - step * image
+            z = multiply_spectrum(residual, weak)
+            previous, rz = rz, dot(residual, z)
+            direction = z + rz / previous.clamp_min(1e-30) * direction
+        return e
+
+
+def first_tau(posterior: VoxelPosterior) -> Tensor:
+    """Prior sd of u by shell from moments of the right-hand side, each coefficient taken on its own: (L,).
+
+    A coefficient of S A^H W X has about the variance lambda^2 tau^2 + lambda, lambda the images' information.
+    """
+    weight = posterior.information().clamp_min(1e-30)
+    power = shell_power(posterior.scale * posterior.rhs, len(posterior.tau))
+    return floor_tau((power - weight).clamp_min(0) / weight.square(), weight)
+
+
+def mackay_tau(posterior: VoxelPosterior, mean: Tensor) -> Tensor:
+    """Prior sd of u by shell, one step of MacKay's fixed point: tau^2 = |mean|^2 / gamma, (L,).
+
+    gamma = 1 - var / tau^2, the share of the coefficients that the images determine, with the posterior variance of
+    each coefficient taken on its own. Source: MacKay, Neural Computation 4 (1992) 415.
+    """
+    weight = posterior.information()
+    determined = weight * posterior.tau.square()
+    gamma = (determined / (1 + determined)).clamp_min(0.02)
+    return floor_tau(shell_power(posterior.colour(mean), len(posterior.tau)) / gamma, weight)
+
+
+def floor_tau(variance: Tensor, information: Tensor) -> Tensor:
+    """Standard deviations from variances by shell: DC as its neighbours, a floor where the images show no signal."""
+    variance = variance.clone()
+    variance[0] = variance[1:3].max()
+    floor = torch.minimum(1e-3 / information.clamp_min(1e-30), 1e-2 * variance.max())
+    return torch.maximum(variance, floor.clamp_min(1e-30)).sqrt()
+
+
+def shell_mean(values: Tensor, shell_radius: Tensor, shells: int) -> Tensor:
+    """Mean over shells of values on an rfftn layout: (L,); what stands for its mirror too counts twice."""
+    shell = shell_radius.to(values.device).round().long()
+    twice = torch.full_like(values, 2.0)
+    twice[..., 0] = twice[..., -1] = 1.0
+    keep = shell < shells
+    total = torch.zeros(shells, device=values.device).index_add_(0, shell[keep], (values * twice)[keep])
+    count = torch.zeros(shells, device=values.device).index_add_(0, shell[keep], twice[keep])
+    return total / count.clamp_min(1)
+
+
+def shell_power(volume: Tensor, shells: int) -> Tensor:
+    """Mean squared coefficient of maps (*batch, b, b, b), unitary, by shell of a box of 2 (shells - 1): (L,)."""
+    b = volume.shape[-1]
+    spectrum = torch.fft.rfftn(volume, dim=(-3, -2, -1), norm="ortho").abs().square()
+    spectrum = spectrum.reshape(-1, *spectrum.shape[-3:]).mean(0)
+    return shell_mean(spectrum, half_radius(b) * (2 * (shells - 1) / b), shells)
+
+
+def _bounding_cube(scale: Tensor) -> tuple[slice, slice, slice]:
+    """The smallest even cube, centred like the box, outside which scale is zero."""
+    box = len(scale)
+    inside = scale > 0
+    reach = 2
+    for dim in range(3):
+        line = inside.any(dim=tuple(d for d in range(3) if d != dim)).nonzero()
+        if len(line):
+            reach = max(reach, box // 2 - int(line.min()), int(line.max()) + 1 - box // 2)
+    reach = min(reach, box // 2)
+    side = slice(box // 2 - reach, box // 2 + reach)
+    return side, side, side

@@ -1,0 +1,55 @@
+"""Where a map may live: the solvent mask, and the envelope that says how much density to expect where."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.physics.fourier import radius, soft_disc
+
+
+def find_mask(volume: Tensor, *, threshold_sd: float = 4.0, grow: float = 0.04, edge: float = 0.05) -> Tensor:
+    """A soft mask about the density of a map (D, D, D), values 0 to 1.
+
+    The map is smoothed with a Gaussian of sd D / 40; what exceeds threshold_sd standard deviations of the solvent (the
+    voxels outside the inscribed sphere) and 5% of the peak is density. Specks under a tenth of the largest piece are
+    dropped, holes filled, the rest grown by `grow` D with a raised-cosine edge of `edge` D.
+    Where no density stands out, the inscribed sphere is returned.
+    """
+    from scipy.ndimage import binary_fill_holes, distance_transform_edt, gaussian_filter, label
+
+    box = len(volume)
+    sphere = soft_disc(box, 0.5 * box * 0.9, 0.5 * box * 0.1, dims=3)
+    smooth = gaussian_filter(volume.detach().cpu().numpy(), box / 40, mode="wrap")
+    outside = smooth[(radius(box, 3) > 0.5 * box * 0.95).numpy()]
+    level = max(threshold_sd * float(outside.std()) + float(outside.mean()), 0.05 * float(smooth.max()))
+    core = (smooth > level) & (sphere.numpy() > 0)
+    pieces, count = label(core)
+    if count == 0:
+        return sphere.to(volume.device)
+    sizes = torch.bincount(torch.from_numpy(pieces).flatten().long())[1:]
+    kept = binary_fill_holes(torch.isin(torch.from_numpy(pieces), 1 + (sizes >= 0.1 * sizes.max()).nonzero()).numpy())
+    distance = torch.from_numpy(distance_transform_edt(~kept)).float() - grow * box
+    ramp = (distance / (edge * box)).clamp(0, 1)
+    mask = 0.5 * (1 + torch.cos(torch.pi * ramp)) * sphere
+    return mask.to(volume.device)
+
+
+def density_envelope(
+    volume: Tensor, mask: Tensor, *, width: float = 1 / 32, inside: float = 0.1, outside: float = 0.02
+) -> Tensor:
+    """Prior sd of the density at each voxel, up to a factor: the local rms of a first map, (D, D, D), at most 1.
+
+    The map is squared, smoothed with a Gaussian of sd `width` D and rooted. Where that is small it is not believed:
+    `inside` and `outside` of the mask are floors, and beyond the inscribed sphere it is zero. A prior that expects
+    density where there is density is what non-uniform refinement (Punjani, Zhang and Fleet, Nature Methods 17, 2020)
+    does by cross-validation.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    box = len(volume)
+    power = gaussian_filter(volume.detach().cpu().square().numpy(), width * box, mode="wrap")
+    local = torch.from_numpy(power).clamp_min(0).sqrt().to(volume.device)
+    floor = outside + (inside - outside) * mask
+    envelope = torch.maximum(local / local.max().clamp_min(1e-30), floor)
+    return envelope * soft_disc(box, 0.5 * box * 0.9, 0.5 * box * 0.1, dims=3, device=volume.device)

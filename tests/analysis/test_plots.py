@@ -1,0 +1,93 @@
+"""Pictures show the values they were given, with units."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_cryo.analysis.latent import kmeans, pca
+from pyro_cryo.analysis.plots import central_sections, fsc_curves, latent_density, learning_curve, map_series
+
+
+def texts(axes: object) -> list[str]:
+    return [t.get_text() for t in axes.texts]  # type: ignore[attr-defined]
+
+
+def test_the_learning_curve_draws_the_records_that_have_a_loss(tmp_path: Path) -> None:
+    records = [{"event": "start"}, *({"epoch": e, "loss": 100 / e, "seconds": 60.0 * e} for e in range(1, 9))]
+    figure = learning_curve(records)
+    (axes,) = figure.axes
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[e, 100 / e] for e in range(1, 9)])
+    assert "nats" in axes.get_ylabel()
+    assert texts(axes) == ["8.0 min"]
+    figure.savefig(tmp_path / "loss.png", dpi=150)
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="no record"):
+        learning_curve([{"event": "start"}])
+
+
+def test_a_long_learning_curve_is_scaled_to_its_tail() -> None:
+    loss = [1e6, *np.linspace(10, 5, 200)]
+    axes = learning_curve([{"epoch": i / 100, "loss": v} for i, v in enumerate(loss)]).axes[0]
+    assert axes.get_ylim()[1] < 20
+
+
+@pytest.mark.parametrize("count", [300, 3000])
+def test_the_latent_density_counts_every_particle_and_numbers_the_centres(count: int) -> None:
+    z = np.random.default_rng(0).normal(size=(count, 4)) * [3, 2, 1, 0.5]
+    clusters = kmeans(z, 5)
+    axes = latent_density(z, clusters).axes[0]
+    assert axes.collections[0].get_array().sum() == count
+    assert texts(axes) == ["0", "1", "2", "3", "4"]
+    np.testing.assert_allclose([t.xy for t in axes.texts], pca(z).project(clusters.centre)[:, :2])
+    assert "% of the variance" in axes.get_xlabel()
+
+
+def test_one_latent_dimension_is_a_histogram() -> None:
+    z = np.random.default_rng(1).normal(size=(500, 1))
+    axes = latent_density(torch.from_numpy(z), kmeans(z, 2)).axes[0]
+    assert sum(p.get_height() for p in axes.patches) == 500
+    assert texts(axes) == ["0", "1"]
+
+
+def test_fsc_curves_are_drawn_against_angstrom_with_their_resolution() -> None:
+    curve = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0])  # box 16
+    axes = fsc_curves({"corrected": curve}, apix=2.0, thresholds=(0.5,)).axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), np.arange(9) / 32)
+    assert axes.get_legend().get_texts()[0].get_text() == "corrected (10.7 Å)"
+    for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
+        assert 1 / tick == pytest.approx(float(label.get_text()))
+    assert axes.get_xlim()[1] == pytest.approx(0.25)
+    assert "Å" in axes.get_xlabel()
+
+
+def test_sections_go_through_the_centre_voxel_along_the_named_axes() -> None:
+    volume = torch.zeros(8, 8, 8)
+    volume[4, 4, 6] = 1  # on the x axis
+    axes = central_sections(volume, apix=3.0, sd=volume + 1, title="map").axes
+    xy, xz, yz = (axes[i].images[0].get_array() for i in range(3))
+    assert (xy[4, 6], xz[4, 6], yz.max()) == (1, 1, 0)
+    assert axes[3].images[0].get_array()[4, 6] == 2
+    assert texts(axes[0]) == ["5 Å"]
+    assert {axes[6].get_ylabel(), axes[7].get_ylabel()} == {"density", "standard deviation"}
+
+
+def test_a_series_shows_both_projections_on_one_grey_scale() -> None:
+    volumes = torch.rand(12, 8, 8, 8)
+    axes = [ax for ax in map_series(volumes, apix=4.0).axes if ax.get_visible()]
+    assert len(axes) == 24
+    limits = {ax.images[0].get_clim() for ax in axes}
+    assert len(limits) == 1
+    np.testing.assert_allclose(axes[0].images[0].get_array(), volumes[0].sum(0), rtol=1e-6)
+    shown = [ax.get_title() for ax in axes if ax.get_title()]
+    assert shown == [str(i) for i in range(12)]
+    with pytest.raises(ValueError, match="2 labels for 12 maps"):
+        map_series(volumes, 4.0, labels=["a", "b"])
+
+
+def test_importing_the_plots_does_not_import_matplotlib() -> None:
+    code = "import sys, pyro_cryo.analysis.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
