@@ -8,6 +8,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_cryo.analysis.report import write_reconstruction
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
@@ -71,6 +72,11 @@ class Homogeneous(CryoModel):
         self.u_sd.copy_(found.coefficient_sd)
         self.log_sigma.data.copy_(found.sigma.log())
         self.reconstruction = found
+
+    def write_results(self, folder: Path, particles: Particles) -> None:
+        """map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv, fsc.png)."""
+        assert self.reconstruction is not None
+        write_reconstruction(folder, self.reconstruction, particles.apix)
 
 
 class VolumeGuide(nn.Module):

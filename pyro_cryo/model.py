@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -106,6 +107,9 @@ class CryoModel(nn.Module):
 
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
         """Before the descent, once: solve for what is conjugate, set starting values from the data."""
+
+    def write_results(self, folder: Path, particles: Particles) -> None:
+        """Write what this model leaves in a finished run, beside the latents and the particles."""
 
     def map(self, z: Tensor | None = None) -> Tensor:
         """Maps in real space at z (*batch, zdim): (*batch, D, D, D), z-y-x."""

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
 
-def quiet(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """Hand the items through and show nothing."""
-    return iter(items)
+class Progress:
+    """Shows nothing: hands the items through."""
+
+    def __call__(self, items: Iterable[T], total: int, title: str, done: int = 0) -> Iterator[T]:
+        """The items of a piece of work, `done` of `total` behind it."""
+        return iter(items)
+
+    def note(self, text: str) -> None:
+        """Say how it goes."""
 
 
-def bar(items: Iterable[T], total: int, title: str) -> Iterator[T]:
-    """Hand the items through under a progress bar with the time left."""
-    from tqdm import tqdm
+class Bar(Progress):
+    """A progress bar on the terminal with the time left."""
 
-    yield from tqdm(items, total=total, desc=title, unit="batch", leave=False)
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, items: Iterable[T], total: int, title: str, done: int = 0) -> Iterator[T]:
+        from tqdm import tqdm
+
+        self._bar = tqdm(items, total=total, desc=title, unit="batch", initial=done, dynamic_ncols=True)
+        with self._bar:
+            yield from self._bar
+
+    def note(self, text: str) -> None:
+        self._bar.set_postfix_str(text, refresh=False)
+
+
+quiet = Progress()

@@ -114,7 +114,7 @@ def _poses(rows: np.ndarray, apix: np.ndarray) -> tuple[Tensor | None, Tensor]:
 def _ctf(rows: np.ndarray, path: Path) -> CTF | None:
     if "ctf/df1_A" not in _names(rows):
         warnings.warn(
-            f"{path} has no ctf/df1_A: images are taken as free of CTF (give ctf= if not)", UserWarning, stacklevel=4
+            f"{path} has no ctf/df1_A: images are taken as free of CTF (give ctf= if not)", UserWarning, stacklevel=6
         )
         return None
     for name in ("df2_A", "df_angle_rad", "accel_kv", "cs_mm", "amp_contrast"):
@@ -146,7 +146,7 @@ def _warn_of_aberrations(rows: np.ndarray, path: Path) -> None:
         if values is not None and values.any() and not (name == "ctf/anisomag" and np.allclose(values, identity)):
             used.append(name)
     if used:
-        warnings.warn(f"{path}: {', '.join(used)} are not used", UserWarning, stacklevel=4)
+        warnings.warn(f"{path}: {', '.join(used)} are not used", UserWarning, stacklevel=6)
 
 
 def write_particles(path: str | Path, rows: np.ndarray, poses: tuple[Tensor, Tensor] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Particles:
     invert:    whether contrast is toggled
     normalize: whether each image gets mean 0 and standard deviation 1 outside a circle of 0.9 times the box
     window:    fraction of half the box inside which a soft disc is 1 (0 at the edge of the box), or None
+    opened_with: what `open` was asked, for a run's record
     """
 
     table: Table
@@ -48,6 +49,7 @@ class Particles:
     invert: bool = False
     normalize: bool = False
     window: float | None = None
+    opened_with: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def open(
@@ -90,7 +92,16 @@ class Particles:
         table, stack, size = opened(
             Path(path), box=box, apix=apix, datadir=folder, first=first, subset=subset, poses=poses, ctf=ctf
         )
-        return Particles(table, stack, size, invert, normalize, window)
+        asked: dict[str, Any] = {
+            "path": path,
+            "box": box,
+            "apix": apix,
+            "datadir": datadir,
+            "invert": invert,
+            "normalize": normalize,
+        }
+        asked |= {"first": first, "subset": subset, "poses": poses, "ctf": ctf, "window": window}
+        return Particles(table, stack, size, invert, normalize, window, _in_words(asked))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -353,3 +364,16 @@ class Particles:
                 f"poses of {tuple(chosen.shape)}, {tuple(moved.shape)}; expected ({len(self)}, 3, 3) and (.., 2)"
             )
         return chosen, moved / self._pixels_of_model[:, None]
+
+
+def _in_words(asked: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `Particles.open` as JSON can say them: absolute paths, lists of numbers, no defaults."""
+    said: dict[str, Any] = {}
+    for name, value in asked.items():
+        if value is None or value is False:
+            continue
+        if isinstance(value, str | Path):
+            said[name] = str(Path(value).resolve())
+        else:
+            said[name] = np.asarray(value).tolist() if name == "subset" else value
+    return said

@@ -207,7 +207,7 @@ def read_ctf(rows: pd.DataFrame, optics: pd.DataFrame | None, path: Path) -> CTF
 
     if not any(name in rows for name in ("rlnDefocusU", "rlnDefocusV")):
         warnings.warn(
-            f"{path} has no defocus: images are taken as free of CTF (give ctf= if not)", UserWarning, stacklevel=4
+            f"{path} has no defocus: images are taken as free of CTF (give ctf= if not)", UserWarning, stacklevel=7
         )
         return None
     values = [
@@ -228,7 +228,7 @@ def decaying(bfactor: np.ndarray, path: Path) -> np.ndarray:
     """B of exp(-B s^2 / 4). Warp and M write the exponent's sign, RELION the factor's: all negative means a decay."""
     if bfactor.min() >= 0 or bfactor.max() > 0:
         return bfactor
-    warnings.warn(f"{path}: rlnCtfBfactor is negative, as Warp writes it; taken as a decay", UserWarning, stacklevel=5)
+    warnings.warn(f"{path}: rlnCtfBfactor is negative, as Warp writes it; taken as a decay", UserWarning, stacklevel=8)
     return -bfactor
 
 
@@ -241,7 +241,7 @@ def warn_of_aberrations(table: Table) -> None:
         used += [n for n, zero in ABERRATIONS.items() if n in source and not np.allclose(source[n].astype(float), zero)]
         used += [n for n in ZERNIKES if n in source and any(c in "123456789" for v in set(source[n]) for c in str(v))]
     if used:
-        warnings.warn(f"{table.path}: {', '.join(used)} are not used", UserWarning, stacklevel=3)
+        warnings.warn(f"{table.path}: {', '.join(used)} are not used", UserWarning, stacklevel=4)
 
 
 def in_one_stack(table: Table, stack: Path, frames: int) -> Table:

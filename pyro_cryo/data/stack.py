@@ -36,7 +36,7 @@ class Stack:
         flawed = [file for file in files if file.flaws]
         if flawed:
             others = f" (and {len(flawed) - 1} other stacks have flaws)" if len(flawed) > 1 else ""
-            warnings.warn(f"{flawed[0].path} has {', '.join(flawed[0].flaws)}{others}", UserWarning, stacklevel=3)
+            warnings.warn(f"{flawed[0].path} has {', '.join(flawed[0].flaws)}{others}", UserWarning, stacklevel=4)
         return Stack(files)
 
     def read(self, file: np.ndarray, frame: np.ndarray, out: np.ndarray) -> None:

@@ -28,6 +28,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: CryoModel, inputs: int, width: int = 256, layers: int = 3) -> None:
         super().__init__()
+        self.half_precision = False
         self._model = (model,)
         zdim = model.zdim
         self.net = nn.Sequential(
@@ -48,8 +49,16 @@ class Encoder(nn.Module):
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z | image): (B, zdim) each."""
-        loc, log_sd = self.net(self.features(batch)).float().chunk(2, -1)
+        features = self.features(batch)
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.half_precision):
+            out = self.net(features)
+        loc, log_sd = out.float().chunk(2, -1)
         return loc, torch.exp(log_sd.clamp(-10, 3))
+
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean (B, zdim) and covariance (B, zdim, zdim) of q(z | image)."""
+        loc, sd = self.moments(batch)
+        return loc, torch.diag_embed(sd.square())
 
     def forward(self, batch: Batch) -> None:
         """Sample `z`."""
@@ -61,9 +70,9 @@ class Encoder(nn.Module):
 class FrameEncoder(Encoder):
     """Sees the image from the molecule: what a consensus map leaves of it, laid back into the volume's frame.
 
-    The residual of the consensus, whitened, its shift undone and weighted by the CTF, is added to a small 3-D Fourier grid
-    at k @ R. A motion of the molecule then looks alike from every side, and the posterior mean of a linear
-    model is a linear function of these numbers. Needs known poses.
+    The residual of the consensus, whitened, its shift undone and weighted by the CTF, is added to a small 3-D Fourier
+    grid at k @ R. A motion of the molecule then looks alike from every side, and the posterior mean of a linear model
+    is a linear function of these numbers. Needs known poses.
 
     expected: gives the images (B, P, 2) of the consensus and how large a slice's coefficients are, (P,)
     reach:    cycles a box up to which the image is seen

@@ -61,9 +61,9 @@ class CTF:
 
 
 def electron_wavelength(voltage_kv: Tensor) -> Tensor:
-    """Relativistic wavelength of the electron in angstrom."""
+    """Relativistic wavelength of the electron in angstrom, h / sqrt(2 m e V (1 + e V / 2 m c^2)), CODATA 2018."""
     volts = voltage_kv * 1e3
-    return 12.2642597 / torch.sqrt(volts * (1 + 0.978466e-6 * volts))
+    return 12.26425966 / torch.sqrt(volts * (1 + 0.97847559e-6 * volts))
 
 
 def aliasing_angstrom(ctf: CTF, apix: float, box: int) -> float:

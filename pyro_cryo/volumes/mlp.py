@@ -85,7 +85,7 @@ class CoordinateMLP(nn.Module):
         kmax: float | None = None,
     ) -> None:
         super().__init__()
-        self.box, self.zdim = box, zdim
+        self.box, self.zdim, self.half_precision = box, zdim, False
         self.kmax = box / 2 if kmax is None else kmax
         self.encoding = GaussianEncoding(3 * box // 2) if encoding is None else encoding
         features: int = self.encoding.features  # type: ignore[assignment]
@@ -106,8 +106,11 @@ class CoordinateMLP(nn.Module):
         """The transform at points (*batch, P, 3) in cycles a box for z (*batch, zdim): (*batch, P, 2)."""
         mirrored = in_lower_half(k)[..., None]
         point = torch.where(mirrored, -k, k)
-        hidden = torch.relu(self.first(self.encoding(point)) + self.latent(z)[..., None, :])
-        value = self.last(self.hidden(hidden)) * self._amplitude_at(k)
+        features = self.encoding(point)
+        with torch.autocast(k.device.type, torch.bfloat16, enabled=self.half_precision):
+            hidden = torch.relu(self.first(features) + self.latent(z)[..., None, :])
+            value = self.last(self.hidden(hidden))
+        value = value.float() * self._amplitude_at(k)
         conjugate = torch.cat([value[..., :1], -value[..., 1:]], -1)
         return torch.where(mirrored, conjugate, value)
 

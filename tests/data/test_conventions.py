@@ -16,7 +16,8 @@ from pyro_cryo.data.cryodrgn import read_arrays, read_ctf, read_poses
 from pyro_cryo.data.cryosparc import read_particles
 from pyro_cryo.data.open import read_table
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.physics.fourier import HalfPlane, image_to_half_plane, shift_phase
+from pyro_cryo.data.star import read_star
+from pyro_cryo.physics.fourier import HalfPlane, image_to_half_plane, radius, shift_phase
 from pyro_cryo.physics.rotations import angle_deg, from_euler_deg
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -143,7 +144,7 @@ def test_a_ctf_is_evaluated_in_cycles_an_angstrom_of_the_whole_field(case) -> No
 
 
 def test_cases_with_known_truth(shared: Path, tmp_path: Path) -> None:
-    """A case made independently, in real space: poses, displacements and contrast, from the STAR and from the pickles."""
+    """A case made independently, in real space: poses, shifts and contrast, from the STAR and from the pickles."""
     out = tmp_path / "case"
     subprocess.run(
         [sys.executable, shared / "yardstick/make_case.py", "igg", "--images", "60", "--box", "32", "--snr", "100",
@@ -166,32 +167,46 @@ def test_cases_with_known_truth(shared: Path, tmp_path: Path) -> None:
     assert float((aligned > 0).float().mean()) > 0.95
 
 
-def test_hand_and_toy_projections_are_slices_of_their_maps(shared: Path) -> None:
-    """cryoDRGN's simulated sets: images without CTF are projections of the map, up to a positive factor."""
+def test_toy_projections_are_slices_of_their_map(shared: Path) -> None:
+    """cryoDRGN's simulated set: images without CTF and shifts are projections of the map at their rotations."""
     from scipy.ndimage import map_coordinates
 
-    folder = shared / "data/simulated/cryodrgn_hand"
-    volume = mrcfile.read(folder / "hand-vol.mrc").astype(np.float32)
-    particles = Particles.open(folder / "hand.mrcs", poses=folder / "hand_rot_trans.pkl")
+    folder = shared / "data/simulated/cryodrgn_toy"
+    volume = mrcfile.read(folder / "toymodel_small_nocenter.mrc").astype(np.float32)
+    particles = Particles.open(folder / "toy_projections.mrcs", poses=folder / "toy_rot_trans.pkl")
     batch = particles.batch(slice(0, 8))
-    c = np.arange(64) - 32
+    c = np.arange(30) - 15
     z, y, x = np.meshgrid(c, c, c, indexing="ij")
     view = np.stack([x, y, z], -1).reshape(-1, 3)
     for row, rotation in enumerate(batch.rotation.numpy()):
         source = view @ rotation  # rows R^T (x, y, z)
-        turned = map_coordinates(volume, (source[:, ::-1] + 32).T, order=1).reshape(64, 64, 64).sum(0)
-        clean = torch.view_as_complex(image_to_half_plane(torch.from_numpy(turned), batch.half))
-        clean = clean * shift_phase(batch.half.k, batch.translation[row], 64)
-        image = torch.view_as_complex(batch.image[row].contiguous())
-        low = slice(0, batch.half.count(12))
-        correlation = (image[low] * clean[low].conj()).sum().real / (image[low].norm() * clean[low].norm())
-        assert float(correlation) > 0.7
+        turned = map_coordinates(volume, (source[:, ::-1] + 15).T, order=1).reshape(30, 30, 30).sum(0)
+        clean = image_to_half_plane(torch.from_numpy(turned), batch.half)
+        low = slice(0, batch.half.count(10))
+        correlation = (batch.image[row, low] * clean[low]).sum() / (batch.image[row, low].norm() * clean[low].norm())
+        assert float(correlation) > 0.99
+
+
+def test_cryodrgns_rotations_and_shifts_agree_between_halves_of_a_set(shared: Path, backproject) -> None:
+    """Maps of the even and of the odd images, at |k| 10, under the poses as read and under wrong readings of them."""
+    folder = shared / "data/simulated/cryodrgn_hand"
+    kmag = radius(64, 3).round()
+
+    def halves(particles: Particles) -> float:
+        maps = [backproject(batch, batch.rotation) for batch in (particles[h::2].batch(slice(None)) for h in (0, 1))]
+        a, b = (torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(v)))[kmag == 10] for v in maps)
+        return float((a * b.conj()).sum().real / (a.norm() * b.norm()))
+
+    turned = Particles.open(folder / "hand.mrcs", poses=folder / "hand_rot.pkl")
+    assert halves(turned) > 0.95
+    assert halves(turned.with_poses(turned.rotation.mT, turned.translation)) < 0.5
+    moved = Particles.open(folder / "hand.mrcs", poses=folder / "hand_rot_trans.pkl")
+    right, wrong = halves(moved), halves(moved.with_poses(moved.rotation, -moved.translation))
+    assert right > wrong + 0.2
 
 
 def test_euler_angles_are_those_of_the_table(case) -> None:
     particles = Particles.open(case.star())
-    from pyro_cryo.data.star import read_star
-
     rows = read_star(case.folder / "particles.star")["particles"]
     expected = from_euler_deg(rows[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy())
     np.testing.assert_allclose(particles.rotation, expected, atol=1e-6)

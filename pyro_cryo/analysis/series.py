@@ -1,0 +1,90 @@
+"""Maps at chosen values of z, written as a series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_cryo.analysis.latent import kmeans, principal_path
+from pyro_cryo.analysis.maps import contour_level, flip_hand, low_pass, sharpen, write_chimerax
+from pyro_cryo.data.mrc_map import write_map
+from pyro_cryo.inference.run import Run
+from pyro_cryo.inference.state import write_atomically
+
+VOLUMES = "volumes.npz"
+
+
+def at_images(run: Run, index: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """z at the posterior means of these images: index (n,), z (n, zdim)."""
+    count = len(run.latent.z)
+    beyond = [i for i in index if not 0 <= i < count]
+    if beyond:
+        raise ValueError(f"image {beyond[0]} is not there; the run has images 0 to {count - 1}")
+    return np.array(index), run.latent.z[index]
+
+
+def at_clusters(run: Run, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """z of the particles nearest to k cluster centres."""
+    clusters = kmeans(run.latent.z, k, seed)
+    return clusters.nearest, run.latent.z[clusters.nearest]
+
+
+def along_component(run: Run, component: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """z along a principal component (from 1), 5th to 95th percentile; index is -1, since no image lies there."""
+    return np.full(steps, -1), principal_path(run.latent.z, component, steps)
+
+
+def from_file(path: Path, zdim: int) -> tuple[np.ndarray, np.ndarray]:
+    """z from a text file or .npy, a row a map."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a text file or .npy with {zdim} numbers a row")
+    try:
+        z = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no table of numbers ({error}); give {zdim} numbers a row") from error
+    z = z[:, None] if z.ndim == 1 and zdim == 1 else np.atleast_2d(z)
+    if z.ndim != 2 or z.shape[1] != zdim:
+        raise ValueError(f"{path} has {z.shape[-1]} numbers a row; this run's z has {zdim}")
+    return np.full(len(z), -1), z
+
+
+def finishing(
+    apix: float, resolution_angstrom: float | None, bfactor_angstrom2: float | None, flip: bool
+) -> Callable[[Tensor], Tensor]:
+    """What is done to every map before it is written: low-pass, sharpening (negative B), mirror image."""
+
+    def finish(volume: Tensor) -> Tensor:
+        if resolution_angstrom is not None:
+            volume = low_pass(volume, apix, resolution_angstrom)
+        if bfactor_angstrom2 is not None:
+            volume = sharpen(volume, apix, bfactor_angstrom2)
+        return flip_hand(volume) if flip else volume
+
+    return finish
+
+
+def write_series(
+    run: Run, out: Path, index: np.ndarray, z: np.ndarray | None, finish: Callable[[Tensor], Tensor]
+) -> list[Path]:
+    """One .mrc a map, volumes.npz (index, z, volumes (n, D, D, D) z-y-x) and a ChimeraX script series.cxc."""
+    apix = run.particles.apix
+    out.mkdir(parents=True, exist_ok=True)
+    points: list[np.ndarray | None] = [None] if z is None else list(z)
+    maps = torch.stack([finish(run.volume(point)) for point in points])
+    digits = max(3, len(str(len(maps) - 1)))
+    paths = [out / f"vol_{i:0{digits}d}.mrc" for i in range(len(maps))]
+    for path, volume in zip(paths, maps, strict=True):
+        write_map(path, volume, apix)
+    table = np.zeros((1, 0)) if z is None else z
+    write_atomically(out / VOLUMES, lambda path: _save(path, index, table, maps))
+    write_chimerax(out / "series.cxc", paths, contour_level(maps))
+    return paths
+
+
+def _save(path: Path, index: np.ndarray, z: np.ndarray, maps: Tensor) -> None:
+    with path.open("wb") as file:
+        np.savez(file, index=index, z=z, volumes=maps.numpy())

@@ -1,0 +1,285 @@
+"""Fit a model to particles: solve for what is conjugate, descend the ELBO for the rest, leave a run behind."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference.elbo import ReparameterisedELBO
+from pyro_cryo.inference.run import Run
+from pyro_cryo.inference.state import (
+    CHECKPOINT,
+    append_log,
+    load_checkpoint,
+    read_record,
+    save_checkpoint,
+    write_log,
+    write_record,
+)
+from pyro_cryo.model import CryoModel
+from pyro_cryo.progress import Progress, quiet
+
+CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a fit goes about it.
+
+    epochs:         passes over the data; default: the model's own (0 where everything is solved for)
+    batch_size:     images a step
+    learning_rate:  of Adam, falling to 0 along a cosine
+    noise_rate:     learning rate of the noise's log standard deviations
+    warmup:         passes in which the weight of the prior of z rises from 0 to beta
+    beta:           weight of the prior of z: 1 is the ELBO, more is the VAE's trade-off
+    clip:           largest norm of a gradient
+    seed:           of the images' order, of draws and of the guide's starting values; a model's own starting values
+                    are drawn when it is built, so seed PyTorch before that
+    device:         "cpu", "cuda", "cuda:1" ...
+    precision:      "float32", or "bf16" in the networks
+    compile:        whether the networks are compiled
+    save_every_s:   seconds between checkpoints within a pass; one is written after every pass anyway
+    """
+
+    epochs: int | None = None
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    noise_rate: float = 3e-3
+    warmup: float = 1.0
+    beta: float = 1.0
+    clip: float = 100.0
+    seed: int = 0
+    device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+    save_every_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        positive = {"batch_size": self.batch_size, "learning_rate": self.learning_rate, "clip": self.clip}
+        for name, value in positive.items():
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; expected a positive number")
+        if self.epochs is not None and self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; expected 0 or more")
+        if self.warmup < 0 or self.beta < 0:
+            raise ValueError(f"warmup is {self.warmup} and beta {self.beta}; expected 0 or more")
+        if self.precision not in ("float32", "bf16"):
+            raise ValueError(f"precision {self.precision!r} is not known; expected float32 or bf16")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device} is not there; PyTorch sees no GPU, use device='cpu'")
+
+
+def fit(
+    model: CryoModel,
+    particles: Particles,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress = quiet,
+    **settings: Any,
+) -> Run:
+    """Fit `model` to `particles`; keyword arguments are those of `Settings`.
+
+    out:    folder of the run, new or empty; None keeps everything in memory
+    resume: go on where the run in `out` stopped; with nothing there, start
+
+    Raises ValueError where the folder holds something else, the data or the model are not the run's own, or the loss is
+    no longer finite (the last good checkpoint stays).
+    """
+    chosen = Settings(**settings)
+    folder = None if out is None else Path(out)
+    run = Run(model.to(chosen.device), particles, folder)
+    saved = None
+    if folder is not None:
+        saved = _open_folder(folder, run, chosen, resume)
+    pyro.settings.set(validate_distributions_pyro=False, validate_poutine=False)
+    torch.distributions.Distribution.set_default_validate_args(False)
+    loop = _Loop(run, chosen, progress)
+    loop.go(saved)
+    return run
+
+
+def _open_folder(folder: Path, run: Run, settings: Settings, resume: bool) -> dict[str, Any] | None:
+    """Make the run's folder, or check the one that is there; its checkpoint, if it has one."""
+    if not resume or not (folder / "run.json").exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists and is not empty; give another -o, or --resume to go on with a run")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder, run.model, run.particles, asdict(settings))
+        return None
+    record = read_record(folder)
+    if record["particles"]["fingerprint"] != run.particles.fingerprint():
+        raise ValueError(f"{folder} is a fit of other particles; resume with the input of its run.json")
+    own = {k: v for k, v in asdict(settings).items() if k not in ("device", "compile", "save_every_s")}
+    changed = [k for k, v in own.items() if record["settings"].get(k) != v]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{folder} was fitted with {name} {record['settings'].get(name)}, not {own[name]}; resume as it was"
+        )
+    return load_checkpoint(folder, settings.device) if (folder / CHECKPOINT).exists() else None
+
+
+class _Loop:
+    """The state of a descent: where it is, its optimiser, its log."""
+
+    def __init__(self, run: Run, settings: Settings, progress: Progress) -> None:
+        self.run, self.settings, self.progress = run, settings, progress
+        self.model, self.particles = run.model, run.particles
+        self.epochs = self.model.epochs if settings.epochs is None else settings.epochs
+        self.batches = -(-len(self.particles) // settings.batch_size)
+        self.step = 0
+        self.elapsed = 0.0
+
+    def go(self, saved: dict[str, Any] | None) -> None:
+        """From the start, or from a checkpoint, to the end."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        if saved is None:
+            self.model.prepare(self.particles, settings.seed, self.progress)
+        self.run.guide = self.model.make_guide().to(settings.device)
+        self.elbo = ReparameterisedELBO()(self.model, self.run.guide)
+        self.optimiser, self.schedule = self._optimiser()
+        if saved is not None:
+            self._restore(saved)
+            if saved["finished"]:
+                return
+        self._speed_up()
+        if self.epochs:
+            self._descend()
+        self.model.beta = 1.0
+        self.run.finish()
+        self._save(finished=True)
+
+    def _optimiser(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        noise = [self.model.log_sigma]
+        rest = [p for p in self.elbo.parameters() if p is not self.model.log_sigma]
+        groups = [{"params": noise, "lr": self.settings.noise_rate}]
+        if rest:
+            groups.append({"params": rest, "lr": self.settings.learning_rate})
+        optimiser = torch.optim.Adam(groups, fused=True)
+        total = max(1, self.epochs * self.batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda s: min(1.0, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / total)))
+        )
+        return optimiser, schedule
+
+    def _speed_up(self) -> None:
+        assert self.run.guide is not None
+        for module in (*self.model.modules(), *self.run.guide.modules()):
+            if hasattr(module, "half_precision"):
+                module.half_precision = self.settings.precision == "bf16"  # type: ignore[assignment]
+                if self.settings.compile:
+                    module.compile()
+
+    def _images(self) -> Iterator[tuple[int, Batch]]:
+        """Every batch from the present step to the end of the last pass, with its number within its pass."""
+        for epoch in range(self.step // self.batches, self.epochs):
+            generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch)
+            start = self.step % self.batches
+            batches = self.particles.batches(
+                self.settings.batch_size, generator=generator, device=self.settings.device, start=start
+            )
+            yield from enumerate(batches, start)
+
+    def _descend(self) -> None:
+        clock, saved_at, seen_at = time.monotonic(), time.monotonic(), time.monotonic()
+        losses: list[Tensor] = []
+        total = self.epochs * self.batches
+        for number, batch in self.progress(self._images(), total, "fit", self.step):
+            losses.append(self._step(batch))
+            last = number + 1 == self.batches
+            if last or len(losses) % CHECK_EVERY == 0:
+                loss = self._check(losses)
+                self.progress.note(f"loss {loss:.4g}")
+            now = time.monotonic()
+            self.elapsed, clock = self.elapsed + now - clock, now
+            if last:
+                self._log(float(torch.stack(losses).mean()), len(losses), now - seen_at)
+                losses, seen_at = [], now
+            if self.run.folder is not None and (last or now - saved_at > self.settings.save_every_s):
+                if losses:
+                    self._check(losses)
+                self._save(finished=False)
+                saved_at = now
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One step of the optimiser; the loss is minus the ELBO, nats an image."""
+        size, settings = len(self.particles), self.settings
+        rise = (self.step + 1) / (settings.warmup * self.batches) if settings.warmup else 1.0
+        self.model.beta = settings.beta * min(1.0, rise)
+        loss = self.elbo(batch.standing_for(size)) / size
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.elbo.parameters(), settings.clip, foreach=True)
+        self.optimiser.step()
+        self.schedule.step()
+        self.step += 1
+        return loss.detach()
+
+    def _check(self, losses: list[Tensor]) -> float:
+        """Stop where a loss is not finite; the mean of the latest otherwise."""
+        recent = torch.stack(losses[-CHECK_EVERY:]).float().cpu()
+        if not bool(torch.isfinite(recent).all()):
+            bad = len(recent) - int((~torch.isfinite(recent)).nonzero()[0])
+            epoch, number = divmod(self.step - bad, self.batches)
+            kept = "" if self.run.folder is None else f"; the last good checkpoint is kept in {self.run.folder}"
+            raise ValueError(
+                f"the loss is not finite at epoch {epoch}, batch {number} of {self.batches}{kept}; "
+                "try a smaller learning_rate"
+            )
+        return float(recent.mean())
+
+    def _log(self, loss: float, steps: int, seconds: float) -> None:
+        record = {
+            "epoch": self.step // self.batches,
+            "step": self.step,
+            "loss": loss,
+            "images_per_second": round(min(steps * self.settings.batch_size, len(self.particles)) / seconds, 1),
+            "learning_rate": self.schedule.get_last_lr()[-1],
+            "seconds": round(self.elapsed, 2),
+        }
+        self.run.records.append(record)
+        if self.run.folder is not None:
+            append_log(self.run.folder, record)
+
+    def _save(self, finished: bool) -> None:
+        if self.run.folder is None:
+            return
+        assert self.run.guide is not None
+        state = {
+            "finished": finished,
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "model": self.model.state_dict(),
+            "guide": self.run.guide.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "records": self.run.records,
+        }
+        save_checkpoint(self.run.folder, state)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        assert self.run.guide is not None
+        self.model.load_state_dict(saved["model"])
+        self.run.guide.load_state_dict(saved["guide"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.schedule.load_state_dict({k: v for k, v in saved["schedule"].items() if k != "lr_lambdas"})
+        self.step, self.elapsed, self.run.records = saved["step"], saved["elapsed"], saved["records"]
+        if self.run.folder is not None:
+            write_log(self.run.folder, self.run.records)
+        torch.set_rng_state(saved["random"].cpu())
+        if saved["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([state.cpu() for state in saved["random_cuda"]])

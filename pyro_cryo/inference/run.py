@@ -1,0 +1,144 @@
+"""A fit and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_atomically
+from pyro_cryo.model import CryoModel
+
+LATENT, PARTICLES = "latent.npz", "particles.star"
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Posterior moments of z: index (N,) row of the image, z (N, zdim) means, z_cov (N, zdim, zdim)."""
+
+    index: np.ndarray
+    z: np.ndarray
+    z_cov: np.ndarray
+
+
+@dataclass
+class Run:
+    """A model fitted to particles.
+
+    model, guide: the modules, on the device of the fit
+    folder:       where it is kept; None for a fit in memory
+    records:      one a pass: epoch, step, loss (minus the ELBO, nats an image), images_per_second, seconds
+    """
+
+    model: CryoModel
+    particles: Particles
+    folder: Path | None = None
+    guide: nn.Module | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def load(
+        folder: str | Path,
+        *,
+        model: CryoModel | None = None,
+        particles: Particles | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Run:
+        """The run in a folder, also while it is going on or after it was stopped.
+
+        model:     one built as the run's, for a class that run.json cannot find (one typed in a session, say)
+        particles: the run's own, in place of opening them again
+        """
+        folder = Path(folder)
+        record = read_record(folder)
+        state = load_checkpoint(folder, device)
+        if particles is None:
+            particles = open_again(record, folder)
+        elif particles.fingerprint() != record["particles"]["fingerprint"]:
+            raise ValueError(f"{folder} is a fit of other particles; give the ones it was fitted to")
+        model = (build_model(record) if model is None else model).to(device)
+        model.load_state_dict(state["model"])
+        guide = model.make_guide().to(device)
+        guide.load_state_dict(state["guide"])
+        return Run(model, particles, folder, guide, read_log(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.log_sigma.device
+
+    @cached_property
+    def latent(self) -> Latent:
+        """Posterior moments of z for every particle, from latent.npz or from the guide."""
+        path = None if self.folder is None else self.folder / LATENT
+        if path is not None and path.exists():
+            with np.load(path) as file:
+                return Latent(file["index"], file["z"], file["z_cov"])
+        return self.encode(self.particles)
+
+    def encode(self, particles: Particles, batch_size: int = 256) -> Latent:
+        """Posterior moments of z for any particles of the same box and pixel size."""
+        if self.model.zdim == 0:
+            raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
+        if particles.box != self.model.box:
+            raise ValueError(f"particles of {particles.box} px, the run has {self.model.box}; open with that box")
+        means, covariances = [], []
+        with torch.no_grad():
+            for batch in particles.batches(batch_size, device=self.device):
+                mean, covariance = self.guide.posterior(batch)  # type: ignore[union-attr, operator]
+                means.append(mean.cpu())
+                covariances.append(covariance.cpu())
+        z, z_cov = torch.cat(means).numpy(), torch.cat(covariances).numpy()
+        return Latent(np.arange(len(particles)), z, z_cov)
+
+    def volume(self, z: Tensor | np.ndarray | None = None) -> Tensor:
+        """Maps at z (zdim,) or (n, zdim): (D, D, D) or (n, D, D, D), z-y-x, on the scale of the images.
+
+        Without z, the map of a homogeneous model.
+        """
+        if (z is None) != (self.model.zdim == 0):
+            has = "no z" if self.model.zdim == 0 else f"a z of dimension {self.model.zdim}"
+            raise ValueError(f"{type(self.model).__name__} has {has}; call volume{'()' if z is not None else '(z)'}")
+        with torch.no_grad():
+            if z is None:
+                return self.model.map().cpu()
+            points = torch.as_tensor(z, dtype=torch.float32, device=self.device)
+            if points.ndim not in (1, 2) or points.shape[-1] != self.model.zdim:
+                raise ValueError(f"z of shape {tuple(points.shape)}; expected (n, {self.model.zdim})")
+            maps = [self.model.map(one).cpu() for one in points.reshape(-1, self.model.zdim)]
+        return maps[0] if points.ndim == 1 else torch.stack(maps)
+
+    def finish(self) -> None:
+        """Write what a finished run leaves: latents, particles, the model's own results."""
+        if self.folder is None:
+            return
+        if self.model.zdim:
+            latent = self.encode(self.particles)
+            self.__dict__["latent"] = latent
+            write_atomically(self.folder / LATENT, lambda path: _save_npz(path, latent))
+        self.particles.write_star(self.folder / PARTICLES)
+        self.model.write_results(self.folder, self.particles)
+
+
+def open_again(record: dict[str, Any], folder: Path) -> Particles:
+    """The particles of a run's record, checked to be the same."""
+    asked = dict(record["particles"])
+    fingerprint = asked.pop("fingerprint")
+    asked.pop("count")
+    if "path" not in asked:
+        raise ValueError(f"{folder}/run.json does not say where its particles are; give Run.load(..., particles=)")
+    particles = Particles.open(asked.pop("path"), **asked)
+    if particles.fingerprint() != fingerprint:
+        raise ValueError(f"{folder}: the particles have changed since the fit; give Run.load(..., particles=)")
+    return particles
+
+
+def _save_npz(path: Path, latent: Latent) -> None:
+    with path.open("wb") as file:
+        np.savez(file, index=latent.index, z=latent.z, z_cov=latent.z_cov)

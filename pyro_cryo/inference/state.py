@@ -1,0 +1,180 @@
+"""What a run leaves on disk, and reading it back: run.json, log.jsonl, checkpoint.pt."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+import pyro_cryo
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.model import CryoModel
+
+RECORD, LOG, CHECKPOINT = "run.json", "log.jsonl", "checkpoint.pt"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place: a reader sees the old or the new, whole."""
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    with beside.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Tensors, numbers, strings and containers of them to checkpoint.pt."""
+    write_atomically(folder / CHECKPOINT, lambda path: torch.save(state, path))
+
+
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; is {folder} a run, and has it saved its first checkpoint?")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); start the run anew") from error
+
+
+def append_log(folder: Path, record: dict[str, Any]) -> None:
+    """One line of log.jsonl."""
+    with (folder / LOG).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_log(folder: Path, records: list[dict[str, Any]]) -> None:
+    """log.jsonl anew: a resumed run drops what was logged after its checkpoint."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(folder / LOG, lambda path: path.write_text(text))
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of log.jsonl; a line cut short by a kill is left out."""
+    path = folder / LOG
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def write_record(folder: Path, model: CryoModel, particles: Particles, settings: dict[str, Any]) -> dict[str, Any]:
+    """run.json: how to build the model again, what it was fitted to and how."""
+    record = {
+        "model": model_reference(model),
+        "arguments": json_arguments(model),
+        "particles": {**particles.opened_with, "count": len(particles), "fingerprint": particles.fingerprint()},
+        "settings": settings,
+        "versions": {
+            "pyro_cryo": pyro_cryo.__version__,
+            "pyro": pyro.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(folder / RECORD, lambda path: path.write_text(text))
+    return record
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a run."""
+    path = folder / RECORD
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is not a run: it has no {RECORD}; give the folder that `fit -o` wrote")
+    return json.loads(path.read_text())
+
+
+def model_reference(model: CryoModel) -> dict[str, str]:
+    """Where a model's class is: a module's name or a file, and the class."""
+    kind = type(model)
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    if kind.__module__.startswith("pyro_cryo.") or file is None:
+        return {"module": kind.__module__, "class": kind.__qualname__}
+    return {"file": str(Path(file).resolve()), "class": kind.__qualname__}
+
+
+def json_arguments(model: CryoModel) -> dict[str, Any]:
+    """What the model was built with, as JSON can say it; an argument that it cannot say is left out."""
+    kept = {}
+    for name, value in model.arguments.items():
+        try:
+            kept[name] = json.loads(json.dumps(value))
+        except TypeError:
+            continue
+    return kept
+
+
+def build_model(record: dict[str, Any]) -> CryoModel:
+    """The model of run.json, with fresh parameters."""
+    reference, arguments = record["model"], record["arguments"]
+    kind = load_class(reference["file"]) if "file" in reference else load_class(reference["module"])
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{reference['class']} cannot be built again ({error}); give Run.load(..., model=)") from error
+
+
+def load_class(name: str) -> type[CryoModel]:
+    """The CryoModel of a recipe's name, of a module or of a .py file: the last one that it defines."""
+    if name.endswith(".py"):
+        module = _module_of_file(Path(name))
+    elif name.startswith("pyro_cryo."):
+        module = importlib.import_module(name)
+    else:
+        module = _recipe(name)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, CryoModel) and value.__module__ == module.__name__
+    ]
+    if not found:
+        raise ValueError(f"{name} defines no subclass of pyro_cryo.model.CryoModel; write `class My(CryoModel): ...`")
+    return found[-1]
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    import pyro_cryo.models
+
+    folder = Path(next(iter(pyro_cryo.models.__path__)))
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def _recipe(name: str) -> Any:
+    if name not in recipes():
+        raise ValueError(f"model {name!r} is not known; expected {', '.join(recipes())} or the path of a .py file")
+    return importlib.import_module(f"pyro_cryo.models.{name}")
+
+
+def _module_of_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model file {path} does not exist; give the path of a .py file or the name of a recipe"
+        )
+    name = "pyro_cryo_user_" + path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"model file {path} does not run: {type(error).__name__}: {error}") from error
+    return module
