@@ -74,7 +74,7 @@ class Homogeneous(CryoModel):
         self.reconstruction = found
 
     def write_results(self, folder: Path, particles: Particles) -> None:
-        """map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv, fsc.png)."""
+        """map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv)."""
         assert self.reconstruction is not None
         write_reconstruction(folder, self.reconstruction, particles.apix)
 

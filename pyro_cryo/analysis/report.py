@@ -6,53 +6,65 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyro_cryo.analysis import plots
-from pyro_cryo.analysis.fsc import masked_fsc, resolution_angstrom
+from pyro_cryo.analysis.fsc import masked_fsc
 from pyro_cryo.analysis.latent import kmeans, pca
 from pyro_cryo.analysis.series import along_component, at_clusters, finishing, write_series
-from pyro_cryo.data.mrc_map import write_map
+from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.reconstruct import Reconstruction
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_atomically
 
+MAPS = ("map", "sd", "half1", "half2", "mask")
+
 
 def write_reconstruction(folder: Path, found: Reconstruction, apix: float) -> None:
-    """map, sd, half1, half2 and mask as .mrc; the half-maps' FSC as fsc.tsv, its picture and the map's."""
-    maps = {"map": found.volume, "sd": found.sd, "half1": found.halves[0], "half2": found.halves[1], "mask": found.mask}
-    for name, volume in maps.items():
+    """map, sd, half1, half2 and mask as .mrc, and the half-maps' FSC as fsc.tsv."""
+    maps = (found.volume, found.sd, *found.halves, found.mask)
+    for name, volume in zip(MAPS, maps, strict=True):
         write_map(folder / f"{name}.mrc", volume.cpu(), apix)
-    curves = masked_fsc(found.halves[0].cpu(), found.halves[1].cpu(), found.mask.cpu())
-    named = {
+    curves = half_map_curves(found.halves[0].cpu(), found.halves[1].cpu(), found.mask.cpu())
+    box = len(found.volume)
+    lines = ["shell\tresolution_angstrom\t" + "\t".join(curves)]
+    for shell in range(1, box // 2 + 1):
+        values = "\t".join(f"{float(curve[shell]):.5f}" for curve in curves.values())
+        lines.append(f"{shell}\t{box * apix / shell:.3f}\t{values}")
+    write_atomically(folder / "fsc.tsv", lambda path: path.write_text("\n".join(lines) + "\n"))
+
+
+def half_map_curves(half1: Tensor, half2: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """FSC of two half-maps: unmasked, masked, phase-randomised beyond where they agree, corrected for the mask."""
+    curves = masked_fsc(half1, half2, mask)
+    return {
         "unmasked": curves.unmasked,
         "masked": curves.masked,
         "phase-randomised": curves.randomised,
         "corrected": curves.corrected,
     }
-    box = len(found.volume)
-    lines = ["shell\tresolution_angstrom\t" + "\t".join(named)]
-    for shell in range(1, box // 2 + 1):
-        values = "\t".join(f"{float(curve[shell]):.5f}" for curve in named.values())
-        lines.append(f"{shell}\t{box * apix / shell:.3f}\t{values}")
-    write_atomically(folder / "fsc.tsv", lambda path: path.write_text("\n".join(lines) + "\n"))
-    plots.fsc_curves(named, apix).savefig(folder / "fsc.png", dpi=150)
-    figure = plots.central_sections(found.volume.cpu(), apix, found.sd.cpu(), "posterior mean and standard deviation")
-    figure.savefig(folder / "map.png", dpi=150)
-
-
-def half_map_resolution(found: Reconstruction, apix: float) -> float:
-    """Resolution in angstrom where the corrected FSC of the half-maps falls below 0.143."""
-    curves = masked_fsc(found.halves[0].cpu(), found.halves[1].cpu(), found.mask.cpu())
-    return resolution_angstrom(curves.corrected, apix)
 
 
 def analyze(run: Run, out: Path, clusters: int = 10, steps: int = 10, components: int = 2) -> list[Path]:
-    """Latent plots, maps at cluster centres and along principal components, learning curve; the pictures written."""
-    if run.model.zdim == 0:
-        raise ValueError(
-            f"{type(run.model).__name__} has no latent coordinate to analyse; its map, sd and FSC are in the run"
-        )
+    """The pictures of a run, and maps at clusters and along components where it has z; the pictures' paths."""
     out.mkdir(parents=True, exist_ok=True)
+    if run.model.zdim == 0:
+        return _analyze_map(run, out)
+    return _analyze_latent(run, out, clusters, steps, components)
+
+
+def _analyze_map(run: Run, out: Path) -> list[Path]:
+    """Sections of the map and its sd, and the FSC of the half-maps."""
+    if run.folder is None or not (run.folder / "map.mrc").exists():
+        raise ValueError(f"{run.folder} has no map.mrc yet; let the fit finish first (--resume)")
+    apix = run.particles.apix
+    volume, sd, half1, half2, mask = (read_map(run.folder / f"{name}.mrc")[0] for name in MAPS)
+    sections = plots.central_sections(volume, apix, sd, "posterior mean and standard deviation")
+    curves = plots.fsc_curves(half_map_curves(half1, half2, mask), apix)
+    return [_save(sections, out / "map.png"), _save(curves, out / "fsc.png")]
+
+
+def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: int) -> list[Path]:
     apix, z = run.particles.apix, run.latent.z
     plain = finishing(apix, None, None, False)
     pictures = []

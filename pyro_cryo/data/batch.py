@@ -20,7 +20,8 @@ class Batch:
     ctf:         (B, P) factor of the slice: the CTF, or its square where the stack is CTF-premultiplied
     noise_scale: (B, P) factor of sigma, |ctf| where the stack is CTF-premultiplied; None where it is 1 everywhere
     rotation:    (B, 3, 3) consensus pose, volume axes to view axes
-    translation: (B, 2) displacement of the particle from the box centre, pixels of the model's box, x-y
+    translation: (B, 2) displacement of the particle from the box centre, x-y, pixels of the image's own field of view
+                 on D pixels: k counts cycles of that field
     noise_group: (B,) long, row of sigma
     freq_scale:  (B,) (D apix) of the model over (D apix) of the image: factor of the slice's coordinates
     size:        how many images the batch stands for: N in a fit, B elsewhere; scales the likelihood by size / B

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.data.exposure import attenuation
 from pyro_cryo.data.open import opened
 from pyro_cryo.data.order import Order
 from pyro_cryo.data.pixels import Pixels, chunks
@@ -22,6 +21,7 @@ from pyro_cryo.data.selection import Subset
 from pyro_cryo.data.stack import Stack
 from pyro_cryo.data.table import Table
 from pyro_cryo.physics.ctf import CTF
+from pyro_cryo.physics.exposure import attenuation
 from pyro_cryo.physics.fourier import HalfPlane
 
 LEAST_NOISE = 0.1  # of |ctf|, where a premultiplied image has next to no noise: the floor keeps likelihoods finite
@@ -341,9 +341,11 @@ class Particles:
         from pyro_cryo.data.export import to_blocks
         from pyro_cryo.data.star import write_star
 
-        stacks = [file.path for file in self.stack.files]
+        table = self.table.used()
+        path_of = dict(zip(self.table.files, (file.path for file in self.stack.files), strict=True))
+        stacks = [path_of[name] for name in table.files]
         poses = self._stored_poses(rotation, translation)
-        write_star(path, to_blocks(self.table, stacks, Path(path).resolve().parent, poses, extra or {}))
+        write_star(path, to_blocks(table, stacks, Path(path).resolve().parent, poses, extra or {}))
 
     def write_cs(self, path: str | Path, rotation: Tensor | None = None, translation: Tensor | None = None) -> None:
         """Write the rows of a .cs input again, uid and all; poses as in `write_star`."""

@@ -44,8 +44,8 @@ class ShellNormal(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of maps (*batch, D, D, D) with respect to voxels: (*batch,)."""
-        white = filter_shells(value - self.loc, 1 / self.tau)
         tau = shell_values(self.tau, self.box)
+        white = multiply_spectrum(value - self.loc, 1 / tau)
         twice = torch.full_like(tau, 2.0)  # rfft stores one of each pair k, -k ...
         twice[..., 0] = twice[..., -1] = 1.0  # ... but for kx = 0 and kx = D / 2, where it stores both
         log_det = (twice * tau.log()).sum()

@@ -149,7 +149,8 @@ class _Loop:
             self.model.prepare(self.particles, settings.seed, self.progress)
         self.run.guide = self.model.make_guide().to(settings.device)
         self.elbo = ReparameterisedELBO()(self.model, self.run.guide)
-        self.optimiser, self.schedule = self._optimiser()
+        if self.epochs:
+            self.optimiser, self.schedule = self._optimiser()
         if saved is not None:
             self._restore(saved)
             if saved["finished"]:
@@ -263,8 +264,7 @@ class _Loop:
             "elapsed": self.elapsed,
             "model": self.model.state_dict(),
             "guide": self.run.guide.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimiser": self.optimiser.state_dict() if self.epochs else {},
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "records": self.run.records,
@@ -275,8 +275,9 @@ class _Loop:
         assert self.run.guide is not None
         self.model.load_state_dict(saved["model"])
         self.run.guide.load_state_dict(saved["guide"])
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.schedule.load_state_dict({k: v for k, v in saved["schedule"].items() if k != "lr_lambdas"})
+        if self.epochs:
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.schedule.last_epoch = saved["step"]
         self.step, self.elapsed, self.run.records = saved["step"], saved["elapsed"], saved["records"]
         if self.run.folder is not None:
             write_log(self.run.folder, self.run.records)

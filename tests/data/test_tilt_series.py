@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.exposure import attenuation
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.star import read_star
+from pyro_cryo.physics.exposure import attenuation
 from pyro_cryo.physics.fourier import radius
 from pyro_cryo.physics.rotations import from_euler_deg
 

@@ -153,7 +153,6 @@ def test_the_volume_of_a_grid_is_the_adjoint_of_the_grid_of_a_volume(oversample:
     volume = torch.randn(10, 10, 10, generator=seeded())
     found = fourier_grid(volume, oversample)
     grid = torch.complex(torch.randn(found.shape, generator=seeded(1)), torch.randn(found.shape, generator=seeded(2)))
-    # the grids of real volumes repeat themselves in the first and last plane: so must what they are compared with
     left, right = real_inner(found, grid), float((volume * fourier_grid_adjoint(grid, 10)).sum())
     assert abs(left - right) < 1e-5 * abs(left)
 

@@ -1,0 +1,257 @@
+"""The posterior of a voxel map: against a dense solve, and calibrated where the story is true."""
+
+from collections.abc import Callable
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_cryo.analysis.fsc import fsc
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.distributions import ShellNormal
+from pyro_cryo.physics.fourier import HalfPlane, radius, shift_phase, soft_disc
+from pyro_cryo.physics.rotations import exp, point_group, random_rotations
+from pyro_cryo.physics.slices import convolve, fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.volumes.conjugate import (
+    NormalEquations,
+    VoxelPosterior,
+    first_tau,
+    mackay_tau,
+    noise_sd,
+    shell_mean,
+    shell_power,
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def observe(volume: Tensor, rotation: Tensor, sigma: Tensor, seed: int = 0) -> Batch:
+    """Noisy images of a map: shifts, CTFs between -1 and 1, sigma (L,) by shell."""
+    half, generator, count = HalfPlane.of(len(volume)), seeded(seed), len(rotation)
+    translation = 2 * torch.randn(count, 2, generator=generator)
+    defocus = 0.5 + torch.rand(count, 1, generator=generator)
+    ctf = torch.sin(3 * defocus * (half.k.norm(dim=-1) / half.box * 4) ** 2 + 0.3)
+    slices = read_grid(fourier_grid(volume), slice_coordinates(rotation, half.k))
+    clean = torch.view_as_real(slices * shift_phase(half.k, translation, half.box) * ctf)
+    noise = torch.randn(clean.shape, generator=generator) * sigma[half.shell, None]
+    return Batch(
+        half=half,
+        index=torch.arange(count),
+        image=clean + noise,
+        ctf=ctf,
+        noise_scale=None,
+        rotation=rotation,
+        translation=translation,
+        noise_group=torch.zeros(count, dtype=torch.long),
+        freq_scale=torch.ones(count),
+        size=count,
+    )
+
+
+def equations(batch: Batch, sigma: Tensor, symmetry: str = "C1") -> NormalEquations:
+    result = NormalEquations.empty(batch.half.box)
+    result.add(batch, sigma[None], point_group(symmetry))
+    return result
+
+
+def support(box: int) -> Tensor:
+    return soft_disc(box, 0.3 * box, 0.15 * box, dims=3)
+
+
+def drawn_map(box: int, tau: Tensor, seed: int = 0) -> Tensor:
+    pyro.set_rng_seed(seed)
+    return support(box) * ShellNormal(tau).sample()
+
+
+def decaying(box: int, top: float = 1.0) -> Tensor:
+    """A prior sd by shell that falls by a factor of 10 to Nyquist."""
+    return top * torch.logspace(0, -1, box // 2 + 1)
+
+
+@pytest.fixture
+def tiny() -> tuple[VoxelPosterior, Tensor]:
+    """A posterior on few voxels, and its dense precision H (b^3, b^3) made of the same convolution."""
+    box = 10
+    tau, sigma = decaying(box), torch.full((box // 2 + 1,), 2.0)
+    batch = observe(drawn_map(box, tau), random_rotations(30, seeded(1)), sigma)
+    scale = soft_disc(box, 2, 1.5, dims=3)
+    posterior = equations(batch, sigma).posterior(scale, tau)
+    b = len(posterior.scale)
+    basis = torch.eye(b**3).view(-1, b, b, b)
+    seen = convolve(posterior.spectrum, posterior.scale * posterior.colour(basis))
+    dense = (posterior.whiten(seen) + basis).flatten(1)
+    return posterior, dense.double()
+
+
+def test_the_cube_holds_all_voxels_of_the_support(tiny: tuple[VoxelPosterior, Tensor]) -> None:
+    posterior, dense = tiny
+    assert len(posterior.scale) < posterior.box
+    e = torch.randn(posterior.scale.shape, generator=seeded())
+    volume = posterior.to_map(e)
+    assert volume.shape == (10, 10, 10)
+    torch.testing.assert_close(volume.sum(), (posterior.scale * posterior.colour(e)).sum())
+    torch.testing.assert_close(posterior.scale.sum(), soft_disc(10, 2, 1.5, dims=3).sum())
+    torch.testing.assert_close(dense, dense.T, rtol=0, atol=1e-5 * float(dense.abs().max()))
+
+
+def test_conjugate_gradients_give_the_mean_of_the_dense_solve(tiny: tuple[VoxelPosterior, Tensor]) -> None:
+    posterior, dense = tiny
+    rhs = posterior.whiten(posterior.rhs).flatten().double()
+    expected = torch.linalg.solve(dense, rhs)
+    found = posterior.mean(1e-6).flatten().double()
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    rough = posterior.mean(1e-2).flatten().double()
+    assert (rough - expected).norm() < 0.03 * expected.norm()
+    again = posterior.mean(1e-2, start=posterior.mean(1e-6)).flatten().double()
+    assert (again - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_draws_have_the_covariance_of_the_dense_posterior(tiny: tuple[VoxelPosterior, Tensor]) -> None:
+    posterior, dense = tiny
+    precision, axes = torch.linalg.eigh(dense)
+    draws = posterior.deviations(300, seeded(3), 1e-4).flatten(1).double() @ axes
+    ratio = (draws.square() * precision).mean(0)  # variance over 1 / precision along each axis of H
+    for band in ratio.chunk(6):  # from what the prior determines to what the images do
+        assert float(band.mean()) == pytest.approx(1.0, abs=0.05)
+    correlation = torch.corrcoef(draws.T) - torch.eye(len(precision))
+    assert float(correlation.square().mean()) == pytest.approx(1 / 300, rel=0.1)  # as of independent numbers
+
+
+def test_normal_equations_add_up() -> None:
+    sigma, batch = torch.ones(9), observe(drawn_map(16, torch.ones(9)), random_rotations(20, seeded(1)), torch.ones(9))
+    whole = equations(batch, sigma)
+    first = torch.arange(20) < 7
+    parts = equations(batch[first], sigma) + equations(batch[~first], sigma)
+    torch.testing.assert_close(parts.value, whole.value, rtol=0, atol=1e-4)
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=1e-4)
+
+
+def test_noise_sd_is_by_group_and_shell_and_scaled_by_the_image() -> None:
+    batch = observe(torch.zeros(8, 8, 8), random_rotations(2, seeded()), torch.ones(5))
+    sigma = torch.arange(10.0).view(2, 5)
+    groups = Batch(**{**vars(batch), "noise_group": torch.tensor([1, 0])})
+    torch.testing.assert_close(noise_sd(groups, sigma), torch.stack([sigma[1], sigma[0]])[:, batch.half.shell])
+    scaled = Batch(**{**vars(groups), "noise_scale": 0.5 * torch.ones(2, len(batch.half))})
+    torch.testing.assert_close(noise_sd(scaled, sigma), 0.5 * noise_sd(groups, sigma))
+
+
+@pytest.mark.parametrize("sigma", [3.0, 12.0])
+def test_the_prior_variance_of_every_shell_is_recovered(sigma: float) -> None:
+    box = 24
+    planted = decaying(box, 3.0)
+    noise = torch.full((box // 2 + 1,), sigma)
+    batch = observe(drawn_map(box, planted), random_rotations(500, seeded(1)), noise)
+    posterior = equations(batch, noise).posterior(support(box))
+    seen = posterior.information() * planted.square() > 3
+    seen[:2] = False  # too few coefficients to tell
+    assert int(seen.sum()) >= 4
+    rough = first_tau(posterior)
+    torch.testing.assert_close(posterior.tau, rough)
+    assert float((rough[seen] / planted[seen]).log().abs().max()) < 0.5
+    for _ in range(3):
+        posterior = posterior.with_tau(mackay_tau(posterior, posterior.mean(1e-3)))
+    ratio = (posterior.tau / planted)[seen]
+    print(f"sigma {sigma}: tau over planted in {int(seen.sum())} shells:", *[f"{float(r):.2f}" for r in ratio])
+    assert float(ratio.log().abs().max()) < 0.25
+    assert float(ratio.log().mean().abs()) < 0.1
+
+
+def test_without_signal_the_prior_says_so() -> None:
+    box, noise = 16, torch.full((9,), 5.0)
+    batch = observe(torch.zeros(box, box, box), random_rotations(300, seeded(1)), noise)
+    posterior = equations(batch, noise).posterior(support(box))
+    for _ in range(3):
+        posterior = posterior.with_tau(mackay_tau(posterior, posterior.mean()))
+    assert float((posterior.information() * posterior.tau.square())[2:].max()) < 0.3
+
+
+@pytest.mark.parametrize("sigma", [2.0, 8.0])
+def test_the_posterior_is_calibrated(sigma: float) -> None:
+    """Maps drawn from the prior lie from the posterior mean as far as the posterior says."""
+    box = 20
+    tau, noise = decaying(box, 3.0), torch.full((box // 2 + 1,), sigma)
+    inside = support(box) > 0.5
+    square = []
+    for seed in range(4):
+        truth = drawn_map(box, tau, seed)
+        batch = observe(truth, random_rotations(150, seeded(10 + seed)), noise, seed)
+        posterior = equations(batch, noise).posterior(support(box), tau)
+        mean = posterior.to_map(posterior.mean(1e-3))
+        variance = posterior.to_map(posterior.deviations(12, seeded(seed), 1e-2)).square().mean(0)
+        variance = torch.nn.functional.avg_pool3d(variance[None, None], 3, 1, 1)[0, 0]
+        square.append(((truth - mean).square() / variance)[inside].mean())
+        prior = support(box).square() * tau.square().mean()
+        assert float(variance[inside].mean()) < 0.9 * float(prior[inside].mean())  # the images said something
+    ratio = float(torch.stack(square).mean())
+    print(f"sigma {sigma}: mean squared error over posterior variance {ratio:.3f}")
+    assert ratio == pytest.approx(1.0, abs=0.12)
+
+
+def c4_map(box: int, tau: Tensor, symmetrise: Callable[[Tensor], Tensor]) -> Tensor:
+    """A map with a 4-fold axis along z whose coefficients have the variance tau^2."""
+    return 2 * support(box) * symmetrise(drawn_map(box, tau))
+
+
+def turned(volume: Tensor) -> Tensor:
+    """The mean of the four maps turned about z by quarters; the first row and column have no partner."""
+    own = torch.zeros_like(volume)
+    own[:, 1:, 1:] = sum(volume[:, 1:, 1:].rot90(i, (1, 2)) for i in range(4)) / 4
+    return own
+
+
+def test_symmetry_counts_every_view_from_all_its_equivalents() -> None:
+    """One view of a C4 map with symmetry is what its four equivalent views, each a quarter as often, are without."""
+    box, noise = 16, torch.ones(9)
+    batch = observe(c4_map(box, torch.ones(9), turned), random_rotations(10, seeded(1)), noise)
+    four = [Batch(**{**vars(batch), "rotation": batch.rotation @ element}) for element in point_group("C4")]
+    whole = sum((equations(own, noise) for own in four[1:]), equations(four[0], noise))
+    found = equations(batch, noise, "C4")
+    torch.testing.assert_close(found.value, whole.value / 4, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.weight, whole.weight / 4, rtol=0, atol=1e-4)
+
+
+def test_a_symmetric_map_is_reconstructed_from_a_quarter_of_the_views() -> None:
+    """Views from one quarter of the azimuths, tilted by 30 to 60 degrees, leave wedges that the symmetry fills."""
+    box = 24
+    tau, noise = decaying(box, 3.0), torch.full((box // 2 + 1,), 3.0)
+    truth = c4_map(box, tau, turned)
+    rot, tilt, psi = torch.rand(3, 200, 1, generator=seeded(2)).unbind(0)
+    x, z = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+    tilt = torch.deg2rad(30 + 30 * tilt)
+    rotation = exp(6.28 * psi * z) @ exp(tilt * x) @ exp(torch.pi / 2 * rot * z)
+    batch = observe(truth, rotation, noise)
+    curves = {}
+    for name in ("C1", "C4"):
+        posterior = equations(batch, noise, name).posterior(support(box), tau)
+        volume = posterior.to_map(posterior.mean(1e-3))
+        curves[name] = fsc(volume, truth)[1:11].mean()
+        symmetric = fsc(volume, turned(volume))[1:11]
+    assert float(symmetric.min()) > 0.99
+    print(f"mean FSC to the truth {float(curves['C1']):.3f} without, {float(curves['C4']):.3f} with symmetry")
+    assert curves["C4"] > curves["C1"] + 0.03
+
+
+def test_shell_means_count_both_halves() -> None:
+    volume = torch.randn(16, 16, 16, generator=seeded())
+    full = torch.fft.fftn(volume, norm="ortho").abs().square()
+    k = torch.fft.fftfreq(16, 1 / 16)
+    shell = (k[:, None, None] ** 2 + k[:, None] ** 2 + k**2).sqrt().round()
+    expected = torch.stack([full[shell == s].mean() for s in range(9)])
+    torch.testing.assert_close(shell_power(volume, 9), expected)
+    layout = (k[:, None, None] ** 2 + k[:, None] ** 2 + k[:9] ** 2).sqrt()
+    torch.testing.assert_close(shell_mean(torch.ones(16, 16, 9), layout, 9), torch.ones(9))
+
+
+def test_support_of_a_map_is_where_it_is_not_zero() -> None:
+    box = 20
+    noise = torch.ones(11)
+    batch = observe(drawn_map(box, torch.ones(11)), random_rotations(20, seeded(1)), noise)
+    scale = (radius(box, 3) < 5).float()
+    posterior = equations(batch, noise).posterior(scale, torch.ones(11))
+    assert posterior.crop[0] == slice(5, 15)
+    volume = posterior.to_map(posterior.mean())
+    assert float(volume[scale == 0].abs().max()) == 0.0
+    assert float(volume.abs().max()) > 0
