@@ -13,6 +13,7 @@ from pyro_cryo.guides.encoder import FrameEncoder
 from pyro_cryo.inference.reconstruct import reconstruct
 from pyro_cryo.model import CryoModel, Density, form_image
 from pyro_cryo.physics.fourier import HalfPlane
+from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import shell_power
@@ -26,8 +27,12 @@ class CryoDRGN(CryoModel):
     """V(k | z) = V0(k) + net(k, z), z ~ Normal(0, I): a consensus map, solved for, and a network for what moves.
 
     box: D, pixels; zdim: dimension of z; width, layers: of the network and the encoder; kmax: band limit of what
-    moves, cycles a box (default: as far as the consensus has a signal-to-noise ratio above MOTION_SNR).
+    moves, cycles a box (default: as far as the consensus has a signal-to-noise ratio above MOTION_SNR); symmetry: point
+    group of every map of the family.
     """
+
+    mask: Tensor
+    symmetry: Tensor
 
     def __init__(
         self,
@@ -36,6 +41,7 @@ class CryoDRGN(CryoModel):
         width: int = 256,
         layers: int = 3,
         kmax: float | None = None,
+        symmetry: str = "C1",
         noise_groups: int = 1,
     ) -> None:
         super().__init__(box, noise_groups)
@@ -43,10 +49,16 @@ class CryoDRGN(CryoModel):
         self.consensus = VoxelGrid(box)
         self.volume = CoordinateMLP(box, zdim, width, layers, kmax=kmax)
         self.kmax = kmax
+        self.register_buffer("symmetry", point_group(symmetry), persistent=False)
         self.register_buffer("mask", torch.ones(box, box, box))
 
     def latent(self) -> Tensor:
         return pyro.sample("z", dist.Normal(self.log_sigma.new_zeros(self.zdim), 1.0).to_event(1))
+
+    def pose(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The known pose, seen as often from each of its symmetric equivalents."""
+        element = torch.randint(len(self.symmetry), (len(batch),), device=self.symmetry.device)
+        return batch.rotation @ self.symmetry[element], batch.translation
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
         points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)
@@ -67,7 +79,14 @@ class CryoDRGN(CryoModel):
 
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
         generator = torch.Generator().manual_seed(seed)
-        start = reconstruct(particles, device=self.mask.device, generator=generator, draws=1, progress=progress)
+        start = reconstruct(
+            particles,
+            symmetry=self.symmetry,
+            device=self.mask.device,
+            generator=generator,
+            draws=1,
+            progress=progress,
+        )
         if self.kmax is None:
             self.volume.kmax = band_limit(start.signal_to_noise)
         self.consensus.set(start.volume)

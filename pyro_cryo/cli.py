@@ -7,9 +7,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro_cryo
+from pyro_cryo.recipes import recipes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,11 +35,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument like any other error: in one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave."""
+        self.exit(2, f"pyro-cryo: error: {_one_line(message)}; see {self.prog} --help\n")
+
+
+class Help(argparse.HelpFormatter):
+    """Adds a default to the help of every option that has one and does not tell it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        untold = default is None or isinstance(default, bool | list) or default == argparse.SUPPRESS
+        if untold or "default" in text or not action.option_strings:
+            return text
+        if isinstance(default, tuple):
+            return f"{text} (default: {' '.join(f'{value:g}' for value in default)})"
+        return f"{text} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X", Path: "PATH"}.get(action.type, action.dest.upper())  # type: ignore[call-overload]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="pyro-cryo", description="Cryo-EM reconstruction as probabilistic programming."
-    )
+    parser = Parser(prog="pyro-cryo", description="Cryo-EM reconstruction as probabilistic programming.")
     parser.add_argument("--version", action="version", version=f"pyro-cryo {pyro_cryo.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_fit(_command(commands, "fit", "reconstruct a map, or a family of maps, from particles with poses", fit))
@@ -56,7 +79,7 @@ def _command(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=run)
@@ -69,24 +92,25 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("particles", type=Path, help=".star, .cs, .mrcs with --poses-pkl and --ctf-pkl, or .txt, a list of stacks")
     add("-o", "--out", type=Path, required=True, help="folder of the run, new or empty")
-    add("--model", default="homogeneous", help="name of a recipe, or a .py file with a CryoModel of your own")
+    names = ", ".join(recipes())
+    add("--model", default="homogeneous", help=f"a recipe ({names}), or a .py file with a CryoModel of your own")
     add("--zdim", type=int, default=none, help="dimension of the latent coordinate (default: the model's)")
     add("--symmetry", default=none, help="point group of the map: C1, C4, D7, T, O, I (default: C1)")
     add("--mask", default=none, help="solvent mask: auto, none or a map of values 0 to 1 (default: auto)")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the model; repeatable")
-    add("--resume", action="store_true", help="go on with the run in -o, as it was asked for")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the model, as in Python; repeatable")
+    add("--resume", action="store_true", help="go on with the run in -o; give the arguments that it was started with")
     images = parser.add_argument_group("images")
     add = images.add_argument
     add("--box", type=int, default=none, help="Fourier-crop to this even box, pixels (default: as stored)")
-    add("--apix", type=float, default=none, help="angstrom a stored pixel, in place of the files'")
+    add("--apix", type=float, default=none, help="angstrom a stored pixel (default: as the files say)")
     add("--datadir", type=Path, default=none, help="folder for stacks that are not where the table says")
     add("--poses-pkl", type=Path, default=none, help="poses from a cryoDRGN .pkl")
     add("--ctf-pkl", type=Path, default=none, help="CTF from a cryoDRGN .pkl")
     add("--invert", action="store_true", help="toggle contrast, for images with dark protein")
     add("--normalize", action="store_true", help="each image to mean 0, sd 1 outside a circle of 0.9 boxes")
     add("--window", type=float, default=none, help="soft disc, a fraction of half the box (default: no window)")
-    add("--first", type=int, default=none, help="only so many particles")
-    add("--subset", type=Path, default=none, help="only those of a .txt, .npy or .star file")
+    add("--first", type=int, default=none, help="only so many particles, from the first (default: all)")
+    add("--subset", type=Path, default=none, help="only those of a .txt or .npy of rows from 0, or of a .star (default: all)")
     descent = parser.add_argument_group("descent (models that are not solved for)")
     add = descent.add_argument
     add("--epochs", "-n", type=int, default=none, help="passes over the data (default: the model's)")
@@ -115,6 +139,8 @@ def fit(asked: argparse.Namespace) -> None:
     from pyro_cryo.progress import Bar, quiet
 
     if "threads" in asked:
+        if asked.threads < 1:
+            raise ValueError(f"threads is {asked.threads}; expected 1 or more")
         torch.set_num_threads(asked.threads)
     kind = load_class(asked.model)
     renamed = {"poses_pkl": "poses", "ctf_pkl": "ctf"}
@@ -160,13 +186,19 @@ def build(kind: Any, asked: argparse.Namespace, particles: Any) -> Any:
     for setting in asked.set:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--set {setting} is not NAME=VALUE; for example --set kmax=16")
+            raise ValueError(f"--set {setting} is not NAME=VALUE; for example --set width=128")
+        if name in arguments:
+            raise ValueError(f"--set {setting}: {name} comes from the particles; use --box for another box")
         given[name] = _value(value)
     for name in given:
         if name not in known:
             takes = ", ".join(k for k in known if k not in ("self", "box", "noise_groups"))
             raise ValueError(f"model {kind.__name__} has no argument {name}; it takes {takes or 'none'}")
-    return kind(**arguments, **given)
+    try:
+        return kind(**arguments, **given)
+    except (TypeError, RuntimeError) as error:
+        said = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "no arguments"
+        raise ValueError(f"model {kind.__name__} cannot be built with {said} ({error}); mend them") from error
 
 
 def _value(text: str) -> Any:
@@ -270,6 +302,8 @@ def select(asked: argparse.Namespace) -> None:
 
     if asked.out.suffix not in (".star", ".cs"):
         raise ValueError(f"{asked.out} is neither .star nor .cs; name the file by its format")
+    if not asked.out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"folder {asked.out.parent} of {asked.out} does not exist; make it first")
     _refuse_to_overwrite(asked.out, asked.overwrite)
     run = Run.load(asked.run)
     if asked.cluster is not None:
@@ -340,7 +374,7 @@ def _refuse_to_overwrite(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} exists; give another -o, or --overwrite to replace it")
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -47,7 +47,9 @@ def half_map_curves(half1: Tensor, half2: Tensor, mask: Tensor) -> dict[str, Ten
 
 def analyze(run: Run, out: Path, clusters: int = 10, steps: int = 10, components: int = 2) -> list[Path]:
     """The pictures of a run, and maps at clusters and along components where it has z; the pictures' paths."""
-    out.mkdir(parents=True, exist_ok=True)
+    for name, value, least in (("clusters", clusters, 1), ("steps", steps, 1), ("components", components, 0)):
+        if value < least:
+            raise ValueError(f"{value} {name}; give at least {least}")
     if run.model.zdim == 0:
         return _analyze_map(run, out)
     return _analyze_latent(run, out, clusters, steps, components)
@@ -57,6 +59,7 @@ def _analyze_map(run: Run, out: Path) -> list[Path]:
     """Sections of the map and its sd, and the FSC of the half-maps."""
     if run.folder is None or not (run.folder / "map.mrc").exists():
         raise ValueError(f"{run.folder} has no map.mrc yet; let the fit finish first (--resume)")
+    out.mkdir(parents=True, exist_ok=True)
     apix = run.particles.apix
     volume, sd, half1, half2, mask = (read_map(run.folder / f"{name}.mrc")[0] for name in MAPS)
     sections = plots.central_sections(volume, apix, sd, "posterior mean and standard deviation")
@@ -67,6 +70,7 @@ def _analyze_map(run: Run, out: Path) -> list[Path]:
 def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: int) -> list[Path]:
     apix, z = run.particles.apix, run.latent.z
     plain = finishing(apix, None, None, False)
+    out.mkdir(parents=True, exist_ok=True)
     pictures = []
     if run.records:
         pictures.append(_save(plots.learning_curve(run.records), out / "learning_curve.png"))

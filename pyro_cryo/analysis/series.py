@@ -47,8 +47,10 @@ def from_file(path: Path, zdim: int) -> tuple[np.ndarray, np.ndarray]:
     except ValueError as error:
         raise ValueError(f"{path} holds no table of numbers ({error}); give {zdim} numbers a row") from error
     z = z[:, None] if z.ndim == 1 and zdim == 1 else np.atleast_2d(z)
-    if z.ndim != 2 or z.shape[1] != zdim:
-        raise ValueError(f"{path} has {z.shape[-1]} numbers a row; this run's z has {zdim}")
+    if z.ndim != 2 or z.shape[1] != zdim or not len(z):
+        raise ValueError(f"{path} has {len(z)} rows of {z.shape[-1]} numbers; this run's z has {zdim}")
+    if not np.isfinite(z).all():
+        raise ValueError(f"{path} has a value that is not finite; give {zdim} numbers a row")
     return np.full(len(z), -1), z
 
 
@@ -72,9 +74,11 @@ def write_series(
 ) -> list[Path]:
     """One .mrc a map, volumes.npz (index, z, volumes (n, D, D, D) z-y-x) and a ChimeraX script series.cxc."""
     apix = run.particles.apix
-    out.mkdir(parents=True, exist_ok=True)
     points: list[np.ndarray | None] = [None] if z is None else list(z)
     maps = torch.stack([finish(run.volume(point)) for point in points])
+    out.mkdir(parents=True, exist_ok=True)
+    for earlier in out.glob("vol_[0-9]*.mrc"):  # of a longer series, which this one replaces
+        earlier.unlink()
     digits = max(3, len(str(len(maps) - 1)))
     paths = [out / f"vol_{i:0{digits}d}.mrc" for i in range(len(maps))]
     for path, volume in zip(paths, maps, strict=True):

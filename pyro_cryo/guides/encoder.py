@@ -103,3 +103,17 @@ class FrameEncoder(Encoder):
             )
             add_to_grid(grid, points, score, oversample=1)
             return torch.view_as_real(grid).flatten(1)
+
+
+class ImageEncoder(Encoder):
+    """Sees the image as it is, whitened by the noise, up to `reach` cycles a box: cryoDRGN's encoder."""
+
+    def __init__(self, model: CryoModel, reach: float | None = None, width: int = 256, layers: int = 3) -> None:
+        count = HalfPlane.of(model.box).count(model.box / 2 if reach is None else reach)
+        super().__init__(model, 2 * count, width, layers)
+        self.count = count
+
+    def features(self, batch: Batch) -> Tensor:
+        """The whitened coefficients: (B, 2 x count)."""
+        low = batch.band(self.count)
+        return (low.image / noise_sd(low, self.model.sigma.detach())[..., None]).flatten(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import (
     CHECKPOINT,
+    RECORD,
     append_log,
+    json_arguments,
     load_checkpoint,
     read_record,
     save_checkpoint,
@@ -65,18 +68,15 @@ class Settings:
     save_every_s: float = 300.0
 
     def __post_init__(self) -> None:
-        positive = {"batch_size": self.batch_size, "learning_rate": self.learning_rate, "clip": self.clip}
-        for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}; expected a positive number")
-        if self.epochs is not None and self.epochs < 0:
-            raise ValueError(f"epochs is {self.epochs}; expected 0 or more")
-        if self.warmup < 0 or self.beta < 0:
-            raise ValueError(f"warmup is {self.warmup} and beta {self.beta}; expected 0 or more")
+        for name in ("batch_size", "learning_rate", "noise_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        for name in ("epochs", "warmup", "beta", "save_every_s"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision {self.precision!r} is not known; expected float32 or bf16")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device} is not there; PyTorch sees no GPU, use device='cpu'")
+        _check_device(self.device)
 
 
 def fit(
@@ -98,35 +98,72 @@ def fit(
     """
     chosen = Settings(**settings)
     folder = None if out is None else Path(out)
+    if particles.box != model.box:
+        raise ValueError(f"a model of box {model.box} for particles of {particles.box} px; build it with particles.box")
+    if particles.n_noise_groups > len(model.log_sigma):
+        raise ValueError(
+            f"a model of {len(model.log_sigma)} noise groups for particles of {particles.n_noise_groups}; build it "
+            "with noise_groups=particles.n_noise_groups"
+        )
     run = Run(model.to(chosen.device), particles, folder)
-    saved = None
-    if folder is not None:
-        saved = _open_folder(folder, run, chosen, resume)
     pyro.settings.set(validate_distributions_pyro=False, validate_poutine=False)
     torch.distributions.Distribution.set_default_validate_args(False)
     loop = _Loop(run, chosen, progress)
-    loop.go(saved)
+    if folder is None:
+        loop.start(None)
+    elif resume and (folder / RECORD).exists():
+        loop.start(_saved(folder, run, chosen))
+    else:
+        made = _make_folder(folder)
+        try:
+            write_record(folder, model, particles, asdict(chosen))
+            loop.start(None)
+        except Exception:  # nothing is fitted yet: leave nothing behind
+            (folder / RECORD).unlink(missing_ok=True)
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
+            raise
+    loop.go()
     return run
 
 
-def _open_folder(folder: Path, run: Run, settings: Settings, resume: bool) -> dict[str, Any] | None:
-    """Make the run's folder, or check the one that is there; its checkpoint, if it has one."""
-    if not resume or not (folder / "run.json").exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} exists and is not empty; give another -o, or --resume to go on with a run")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_record(folder, run.model, run.particles, asdict(settings))
-        return None
+def _check_device(device: str) -> None:
+    """Raise ValueError unless PyTorch has it."""
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not known; expected cpu, cuda or cuda:1")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked.type == "cuda" and (asked.index or 0) >= count:
+        seen = f"{count} GPUs" if count else "no GPU"
+        raise ValueError(f"device {device} is not there, PyTorch sees {seen}; use device cpu")
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make the run's folder, or see that it is empty; the folders made, the innermost first."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; give another -o, or --resume to go on with a run")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _saved(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | None:
+    """The checkpoint of the run in a folder, if it has one; ValueError unless the run is of this model and data."""
     record = read_record(folder)
     if record["particles"]["fingerprint"] != run.particles.fingerprint():
         raise ValueError(f"{folder} is a fit of other particles; resume with the input of its run.json")
-    own = {k: v for k, v in asdict(settings).items() if k not in ("device", "compile", "save_every_s")}
-    changed = [k for k, v in own.items() if record["settings"].get(k) != v]
+    now = {"model": type(run.model).__qualname__, **json_arguments(run.model), **asdict(settings)}
+    then = {"model": record["model"]["class"], **record["arguments"], **record["settings"]}
+    for name in ("device", "compile", "save_every_s"):  # where and how, not what
+        now.pop(name)
+    changed = [name for name, value in now.items() if then.get(name) != value]
     if changed:
         name = changed[0]
-        raise ValueError(
-            f"{folder} was fitted with {name} {record['settings'].get(name)}, not {own[name]}; resume as it was"
-        )
+        raise ValueError(f"{folder} was fitted with {name} {then.get(name)}, not {now[name]}; resume as it was")
     return load_checkpoint(folder, settings.device) if (folder / CHECKPOINT).exists() else None
 
 
@@ -140,9 +177,11 @@ class _Loop:
         self.batches = -(-len(self.particles) // settings.batch_size)
         self.step = 0
         self.elapsed = 0.0
+        self.losses: list[Tensor] = []  # of the present pass
+        self.finished = False
 
-    def go(self, saved: dict[str, Any] | None) -> None:
-        """From the start, or from a checkpoint, to the end."""
+    def start(self, saved: dict[str, Any] | None) -> None:
+        """To where the descent begins, or to where a checkpoint was taken."""
         settings = self.settings
         torch.manual_seed(settings.seed)
         if saved is None:
@@ -153,14 +192,20 @@ class _Loop:
             self.optimiser, self.schedule = self._optimiser()
         if saved is not None:
             self._restore(saved)
-            if saved["finished"]:
-                return
+        elif self.epochs:
+            self._save()
+
+    def go(self) -> None:
+        """To the end."""
+        if self.finished:
+            return
         self._speed_up()
         if self.epochs:
             self._descend()
         self.model.beta = 1.0
         self.run.finish()
-        self._save(finished=True)
+        self.finished = True
+        self._save()
 
     def _optimiser(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         noise = [self.model.log_sigma]
@@ -194,24 +239,22 @@ class _Loop:
             yield from enumerate(batches, start)
 
     def _descend(self) -> None:
-        clock, saved_at, seen_at = time.monotonic(), time.monotonic(), time.monotonic()
-        losses: list[Tensor] = []
+        clock = saved_at = pass_at = time.monotonic()
+        before = len(self.losses)
         total = self.epochs * self.batches
         for number, batch in self.progress(self._images(), total, "fit", self.step):
-            losses.append(self._step(batch))
+            self.losses.append(self._step(batch))
             last = number + 1 == self.batches
-            if last or len(losses) % CHECK_EVERY == 0:
-                loss = self._check(losses)
-                self.progress.note(f"loss {loss:.4g}")
+            if last or len(self.losses) % CHECK_EVERY == 0:
+                self.progress.note(f"loss {self._check():.4g}")
             now = time.monotonic()
             self.elapsed, clock = self.elapsed + now - clock, now
             if last:
-                self._log(float(torch.stack(losses).mean()), len(losses), now - seen_at)
-                losses, seen_at = [], now
+                self._log(len(self.losses) - before, now - pass_at)
+                self.losses, before, pass_at = [], 0, now
             if self.run.folder is not None and (last or now - saved_at > self.settings.save_every_s):
-                if losses:
-                    self._check(losses)
-                self._save(finished=False)
+                self._check()
+                self._save()
                 saved_at = now
 
     def _step(self, batch: Batch) -> Tensor:
@@ -228,24 +271,29 @@ class _Loop:
         self.step += 1
         return loss.detach()
 
-    def _check(self, losses: list[Tensor]) -> float:
-        """Stop where a loss is not finite; the mean of the latest otherwise."""
-        recent = torch.stack(losses[-CHECK_EVERY:]).float().cpu()
-        if not bool(torch.isfinite(recent).all()):
-            bad = len(recent) - int((~torch.isfinite(recent)).nonzero()[0])
-            epoch, number = divmod(self.step - bad, self.batches)
-            kept = "" if self.run.folder is None else f"; the last good checkpoint is kept in {self.run.folder}"
-            raise ValueError(
-                f"the loss is not finite at epoch {epoch}, batch {number} of {self.batches}{kept}; "
-                "try a smaller learning_rate"
-            )
+    def _check(self) -> float:
+        """Stop where a loss or a parameter is not finite; the mean of the latest losses otherwise."""
+        recent = torch.stack(self.losses[-CHECK_EVERY:]).float().cpu() if self.losses else torch.zeros(0)
+        good = torch.isfinite(recent)
+        if not bool(good.all()):
+            self._stop(len(recent) - int((~good).nonzero()[0]))
+        if not bool(torch.stack([torch.isfinite(p).all() for p in self.elbo.parameters()]).all()):
+            self._stop(1)
         return float(recent.mean())
 
-    def _log(self, loss: float, steps: int, seconds: float) -> None:
+    def _stop(self, steps_ago: int) -> None:
+        epoch, number = divmod(self.step - steps_ago, self.batches)
+        kept = "" if self.run.folder is None else f"; the last good checkpoint is kept in {self.run.folder}"
+        raise ValueError(
+            f"the loss is not finite at epoch {epoch + 1}, batch {number + 1} of {self.batches}{kept}; "
+            "try a smaller learning_rate"
+        )
+
+    def _log(self, steps: int, seconds: float) -> None:
         record = {
             "epoch": self.step // self.batches,
             "step": self.step,
-            "loss": loss,
+            "loss": float(torch.stack(self.losses).mean()),
             "images_per_second": round(min(steps * self.settings.batch_size, len(self.particles)) / seconds, 1),
             "learning_rate": self.schedule.get_last_lr()[-1],
             "seconds": round(self.elapsed, 2),
@@ -254,13 +302,14 @@ class _Loop:
         if self.run.folder is not None:
             append_log(self.run.folder, record)
 
-    def _save(self, finished: bool) -> None:
+    def _save(self) -> None:
         if self.run.folder is None:
             return
         assert self.run.guide is not None
         state = {
-            "finished": finished,
+            "finished": self.finished,
             "step": self.step,
+            "losses": torch.stack(self.losses) if self.losses else torch.zeros(0),
             "elapsed": self.elapsed,
             "model": self.model.state_dict(),
             "guide": self.run.guide.state_dict(),
@@ -278,6 +327,7 @@ class _Loop:
         if self.epochs:
             self.optimiser.load_state_dict(saved["optimiser"])
             self.schedule.last_epoch = saved["step"]
+        self.finished, self.losses = saved["finished"], list(saved["losses"])
         self.step, self.elapsed, self.run.records = saved["step"], saved["elapsed"], saved["records"]
         if self.run.folder is not None:
             write_log(self.run.folder, self.run.records)

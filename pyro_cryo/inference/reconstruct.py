@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def reconstruct(
     *,
     symmetry: Tensor | None = None,
     mask: Tensor | str | None = "auto",
-    draws: int = 4,
+    draws: int = 2,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -76,10 +77,11 @@ def reconstruct(
     sigma = learn_noise(particles, symmetry, generator, batch_size, device)
     halves = (NormalEquations.empty(particles.box, device), NormalEquations.empty(particles.box, device))
     batches = particles.batches(batch_size, device=device)
-    for batch in progress(batches, -(-len(particles) // batch_size), "reconstruct"):
-        first = half_set[batch.index.cpu()].to(device) == 1
-        for half, rows in zip(halves, (first, ~first), strict=True):
-            half.add(batch[rows], sigma, symmetry)
+    with ThreadPoolExecutor(2) as pool:  # scattering runs on one core: a half set on each
+        for batch in progress(batches, -(-len(particles) // batch_size), "reconstruct"):
+            first = half_set[batch.index.cpu()].to(device) == 1
+            parts = (batch[first], batch[~first])
+            list(pool.map(lambda half, part: half.add(part, sigma, symmetry), halves, parts))
     return _solve(halves, sigma, len(symmetry), mask, draws, generator)
 
 
@@ -93,7 +95,7 @@ def _solve(
 ) -> Reconstruction:
     whole = halves[0] + halves[1]
     everywhere = torch.ones((whole.box,) * 3, device=whole.value.device)
-    plain = whole.posterior(everywhere)
+    plain = whole.posterior(everywhere, order=order)
     first = plain.to_map(plain.mean(1e-2))
     if mask is None:
         mask, scale = everywhere, everywhere
@@ -103,7 +105,7 @@ def _solve(
     else:
         mask = mask.to(everywhere)
         scale = mask * density_envelope(mask * first, mask)
-    posterior = whole.posterior(scale, plain.tau / scale.square().mean().sqrt())
+    posterior = whole.posterior(scale, order=order)
     mean = posterior.mean(1e-2)
     for tolerance in (1e-2, 3e-3):
         tau = mackay_tau(posterior, mean)
@@ -113,7 +115,7 @@ def _solve(
     volume = posterior.to_map(mean)
     # R and R S count as one image: the draws of a symmetric map are narrower by the order of the group
     square = posterior.to_map(posterior.deviations(draws, generator, 0.1)).square().mean(0) / order
-    alone = [half.posterior(everywhere) for half in halves]
+    alone = [half.posterior(everywhere, order=order) for half in halves]
     first_half, second_half = (own.to_map(own.mean(1e-2)) for own in alone)
     return Reconstruction(
         volume=volume,
@@ -154,10 +156,10 @@ def learn_noise(
     equations = NormalEquations.empty(particles.box, device)
     for batch in sample.batches(batch_size, device=device):
         equations.add(batch, sigma, symmetry)
-    posterior = equations.posterior(torch.ones((particles.box,) * 3, device=device))
+    posterior = equations.posterior(torch.ones((particles.box,) * 3, device=device), order=len(symmetry))
     grid = fourier_grid(posterior.to_map(posterior.mean(1e-2)))
     # variance of a slice's coefficient: D times the posterior variance of a voxel's worth of that shell
-    variance = particles.box / (posterior.information() + posterior.tau.square().reciprocal())
+    variance = particles.box / (posterior.information() + posterior.tau.square().reciprocal()) / len(symmetry)
     total = torch.zeros_like(sigma)
     count = torch.zeros_like(sigma)
     for batch in sample.batches(batch_size, device=device):

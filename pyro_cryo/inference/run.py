@@ -63,9 +63,16 @@ class Run:
         elif particles.fingerprint() != record["particles"]["fingerprint"]:
             raise ValueError(f"{folder} is a fit of other particles; give the ones it was fitted to")
         model = (build_model(record) if model is None else model).to(device)
-        model.load_state_dict(state["model"])
-        guide = model.make_guide().to(device)
-        guide.load_state_dict(state["guide"])
+        try:
+            model.load_state_dict(state["model"])
+            guide = model.make_guide().to(device)
+            guide.load_state_dict(state["guide"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"the checkpoint of {folder} does not fit {type(model).__name__} as it is now ({reason}); "
+                "build the model as it was fitted"
+            ) from error
         return Run(model, particles, folder, guide, read_log(folder))
 
     @property
@@ -88,6 +95,16 @@ class Run:
             raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
         if particles.box != self.model.box:
             raise ValueError(f"particles of {particles.box} px, the run has {self.model.box}; open with that box")
+        if abs(particles.apix - self.particles.apix) > 1e-3 * self.particles.apix:
+            raise ValueError(
+                f"particles of {particles.apix:.4g} A a pixel, the run has {self.particles.apix:.4g}; crop them so "
+                "that their field of view is the same"
+            )
+        if particles.n_noise_groups > len(self.model.log_sigma):
+            raise ValueError(
+                f"particles of {particles.n_noise_groups} optics groups, the run knows the noise of "
+                f"{len(self.model.log_sigma)}; encode them group by group"
+            )
         means, covariances = [], []
         with torch.no_grad():
             for batch in particles.batches(batch_size, device=self.device):

@@ -18,6 +18,7 @@ import torch
 import pyro_cryo
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.model import CryoModel
+from pyro_cryo.recipes import recipes
 
 RECORD, LOG, CHECKPOINT = "run.json", "log.jsonl", "checkpoint.pt"
 
@@ -25,10 +26,13 @@ RECORD, LOG, CHECKPOINT = "run.json", "log.jsonl", "checkpoint.pt"
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then put it in its place: a reader sees the old or the new, whole."""
     beside = path.with_name(path.name + ".part")
-    write(beside)
-    with beside.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        write(beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -44,7 +48,10 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[st
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); start the run anew") from error
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {reason}); remove it, and fit --resume starts anew"
+        ) from error
 
 
 def append_log(folder: Path, record: dict[str, Any]) -> None:
@@ -96,7 +103,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not a run: it has no {RECORD}; give the folder that `fit -o` wrote")
-    return json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); is {folder} a run? fit it anew") from error
+    missing = [name for name in ("model", "arguments", "particles", "settings") if name not in record]
+    if missing:
+        raise ValueError(f"{path} says nothing of {missing[0]}; is {folder} a run? fit it anew")
+    return record
 
 
 def model_reference(model: CryoModel) -> dict[str, str]:
@@ -123,15 +137,18 @@ def json_arguments(model: CryoModel) -> dict[str, Any]:
 def build_model(record: dict[str, Any]) -> CryoModel:
     """The model of run.json, with fresh parameters."""
     reference, arguments = record["model"], record["arguments"]
-    kind = load_class(reference["file"]) if "file" in reference else load_class(reference["module"])
+    where = reference.get("file") or reference["module"]
+    if "file" not in reference and not where.startswith("pyro_cryo."):
+        raise ValueError(f"{reference['class']} was typed in a session; give Run.load(..., model=)")
+    kind = load_class(where, reference["class"])
     try:
         return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"{reference['class']} cannot be built again ({error}); give Run.load(..., model=)") from error
 
 
-def load_class(name: str) -> type[CryoModel]:
-    """The CryoModel of a recipe's name, of a module or of a .py file: the last one that it defines."""
+def load_class(name: str, wanted: str | None = None) -> type[CryoModel]:
+    """The CryoModel of a recipe's name, of a module or of a .py file: `wanted`, or the last one that it defines."""
     if name.endswith(".py"):
         module = _module_of_file(Path(name))
     elif name.startswith("pyro_cryo."):
@@ -145,15 +162,12 @@ def load_class(name: str) -> type[CryoModel]:
     ]
     if not found:
         raise ValueError(f"{name} defines no subclass of pyro_cryo.model.CryoModel; write `class My(CryoModel): ...`")
-    return found[-1]
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    import pyro_cryo.models
-
-    folder = Path(next(iter(pyro_cryo.models.__path__)))
-    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    if wanted is None:
+        return found[-1]
+    named = [kind for kind in found if kind.__qualname__ == wanted]
+    if not named:
+        raise ValueError(f"{name} no longer defines {wanted}; put it back, or give Run.load(..., model=)")
+    return named[-1]
 
 
 def _recipe(name: str) -> Any:
@@ -175,6 +189,10 @@ def _module_of_file(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"model file {path} does not run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ValueError(
+            f"model file {path} does not run ({type(error).__name__}: {error}); mend it, and put what a script does "
+            'under `if __name__ == "__main__":`'
+        ) from error
     return module

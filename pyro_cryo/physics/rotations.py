@@ -11,7 +11,6 @@ import re
 
 import numpy as np
 import torch
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 
@@ -99,17 +98,27 @@ def angle_deg(a: Tensor, b: Tensor) -> Tensor:
 
 
 def from_euler_deg(euler: np.ndarray) -> np.ndarray:
-    """RELION's (rot, tilt, psi) in degrees (N, 3) to matrices (N, 3, 3): intrinsic ZYZ, then inverted."""
-    return Rotation.from_euler("ZYZ", euler, degrees=True).inv().as_matrix()
+    """RELION's (rot, tilt, psi) in degrees (N, 3) to matrices (N, 3, 3): the inverse of Rz(rot) Ry(tilt) Rz(psi)."""
+    angle = np.radians(np.asarray(euler, float))
+    cos, sin = np.cos(angle), np.sin(angle)
+    (ca, cb, cc), (sa, sb, sc) = cos.T, sin.T
+    rows = [
+        ca * cb * cc - sa * sc, sa * cb * cc + ca * sc, -sb * cc,
+        -ca * cb * sc - sa * cc, -sa * cb * sc + ca * cc, sb * sc,
+        ca * sb, sa * sb, cb,
+    ]  # fmt: skip
+    return np.stack(rows, -1).reshape(*angle.shape[:-1], 3, 3)
 
 
 def to_euler_deg(rotation: np.ndarray) -> np.ndarray:
-    """Matrices (N, 3, 3) to RELION's (rot, tilt, psi) in degrees (N, 3)."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Gimbal lock", category=UserWarning)
-        return Rotation.from_matrix(rotation).inv().as_euler("ZYZ", degrees=True)
+    """Matrices (N, 3, 3) to RELION's (rot, tilt, psi) in degrees (N, 3); psi = 0 where tilt is 0 or 180."""
+    m = np.asarray(rotation, float)
+    sine = np.hypot(m[..., 2, 0], m[..., 2, 1])
+    tilt = np.arctan2(sine, m[..., 2, 2])
+    flat = sine < 1e-7
+    rot = np.where(flat, np.arctan2(-m[..., 1, 0], m[..., 1, 1]), np.arctan2(m[..., 2, 1], m[..., 2, 0]))
+    psi = np.where(flat, 0.0, np.arctan2(m[..., 1, 2], -m[..., 0, 2]))
+    return np.degrees(np.stack([rot, tilt, psi], -1))
 
 
 def point_group(name: str) -> Tensor:
@@ -122,6 +131,8 @@ def point_group(name: str) -> Tensor:
     match = re.fullmatch(r"([CD])(\d+)|([TOI])", name.upper())
     if match is None or (match.group(2) is not None and int(match.group(2)) < 1):
         raise ValueError(f"symmetry {name!r} is not a point group; expected C1, C4, D7, T, O or I")
+    from scipy.spatial.transform import Rotation
+
     axis = "X" if name.upper() == "C1" else "Z"
     group = Rotation.create_group(name.upper(), axis=axis).as_matrix()  # type: ignore[arg-type]
     order = np.argsort(-np.trace(group, axis1=1, axis2=2), kind="stable")

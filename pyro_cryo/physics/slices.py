@@ -60,22 +60,29 @@ def read_grid(grid: Tensor, coordinates: Tensor, oversample: int = 2) -> Tensor:
     return value.reshape(*coordinates.shape[:-1], *flat.shape[1:])
 
 
-def add_to_grid(grid: Tensor, coordinates: Tensor, value: Tensor, oversample: int = 2) -> None:
+def add_to_grid(
+    grid: Tensor,
+    coordinates: Tensor,
+    value: Tensor,
+    oversample: int = 2,
+    also: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """The adjoint of `read_grid`, added in place: complex values (*batch, M) at points (*batch, M, 3).
 
     A real grid takes real values: what each point weighs. A grid (B, n, n, n / 2 + 1) takes the points of each of the
-    B elements of a batch to its own.
+    B elements of a batch to its own. `also` is another grid of that shape and its values at the same points.
     """
     flat, points = grid.view(-1), coordinates.reshape(-1, 3)
-    own = torch.zeros(1, dtype=torch.long, device=grid.device)
+    own = None
     if grid.dim() == 4:
         each = torch.arange(len(grid), device=grid.device) * grid[0].numel()
         own = each.repeat_interleave(len(points) // len(grid))
     flip = points[:, 0] < 0
-    value = value.reshape(-1)
-    value = torch.where(flip, value.conj(), value) if value.is_complex() else value
+    pairs = [(flat, value.reshape(-1))] + ([] if also is None else [(also[0].view(-1), also[1].reshape(-1))])
+    pairs = [(g, torch.where(flip, v.conj(), v) if v.is_complex() else v) for g, v in pairs]
     for index, weight in _corners(points, flip, grid.shape[-3], oversample):
-        flat.index_add_(0, index + own, value * weight)
+        for target, values in pairs:
+            target.index_add_(0, index if own is None else index + own, values * weight)
 
 
 def _corners(points: Tensor, flip: Tensor, n: int, oversample: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,8 +131,11 @@ def crop_kernel(kernel: Tensor, box: int) -> Tensor:
 def convolve(spectrum: Tensor, volume: Tensor) -> Tensor:
     """Apply a Toeplitz kernel, given as its rfftn (2b, 2b, b + 1), to volumes (*batch, b, b, b)."""
     b = volume.shape[-1]
-    padded = torch.fft.rfftn(volume, s=(2 * b,) * 3, dim=(-3, -2, -1))
-    return torch.fft.irfftn(padded * spectrum, s=(2 * b,) * 3, dim=(-3, -2, -1))[..., :b, :b, :b]
+    # One axis at a time, padding as late and cropping as early as can be: half the work of a whole padded transform.
+    padded = torch.fft.rfft(volume, n=2 * b, dim=-1)
+    padded = torch.fft.fft(torch.fft.fft(padded, n=2 * b, dim=-2), n=2 * b, dim=-3).mul_(spectrum)
+    cropped = torch.fft.ifft(padded, dim=-3)[..., :b, :, :]
+    return torch.fft.irfft(torch.fft.ifft(cropped, dim=-2)[..., :b, :], n=2 * b, dim=-1)[..., :b]
 
 
 def _pad_at_origin(volume: Tensor, n: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions.volume import filter_shells, multiply_spectrum, shell_values
-from pyro_cryo.physics.fourier import half_radius, shift_phase
+from pyro_cryo.physics.fourier import half_radius, shift_phase, soft_disc
 from pyro_cryo.physics.slices import (
     add_to_grid,
     convolve,
@@ -55,21 +55,25 @@ class NormalEquations:
         weight = ctf.square() * share
         for element in symmetry:
             points = slice_coordinates(batch.rotation @ element, batch.half.k, batch.freq_scale)
-            add_to_grid(self.value, points, value)
-            add_to_grid(self.weight, points, weight)
+            add_to_grid(self.value, points, value, also=(self.weight, weight))
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         return NormalEquations(self.box, self.value + other.value, self.weight + other.weight)
 
-    def posterior(self, scale: Tensor, tau: Tensor | None = None) -> VoxelPosterior:
-        """The posterior under V = scale * u, scale (D, D, D), u ~ ShellNormal(tau); tau defaults to `first_tau`."""
+    def posterior(self, scale: Tensor, tau: Tensor | None = None, order: int = 1) -> VoxelPosterior:
+        """The posterior under V = scale * u, scale (D, D, D), u ~ ShellNormal(tau); tau defaults to `first_tau`.
+
+        order is that of the point group with which the images were added.
+        """
         crop = _bounding_cube(scale)
         side = crop[0].stop - crop[0].start
         kernel = crop_kernel(toeplitz_kernel(self.weight, self.box), side)
+        # A molecule in the inscribed ball has no longer lags; cut off, they would make the spectrum ring below zero.
+        kernel = kernel * torch.fft.ifftshift(soft_disc(2 * side, 0.9 * side, 0.2 * side, dims=3, device=kernel.device))
         rhs = fourier_grid_adjoint(self.value, self.box)
         spectrum = torch.fft.rfftn(kernel).real.clamp_min(0)
         unit = torch.ones(self.box // 2 + 1, device=rhs.device)
-        result = VoxelPosterior(self.box, crop, rhs[crop].contiguous(), spectrum, scale[crop].contiguous(), unit)
+        result = VoxelPosterior(self.box, crop, rhs[crop].contiguous(), spectrum, scale[crop].contiguous(), unit, order)
         return result.with_tau(first_tau(result) if tau is None else tau)
 
 
@@ -84,6 +88,8 @@ class VoxelPosterior:
     """Gaussian posterior of e, V = scale * T e, on the cube of `crop`, b voxels a side, where scale is not zero.
 
     rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel; scale (b, b, b); tau (L,).
+    order: of the map's point group, 1 without: only 1 / order of the coefficients of a symmetric map are free, and
+    tau is their standard deviation.
     """
 
     box: int
@@ -92,6 +98,7 @@ class VoxelPosterior:
     spectrum: Tensor
     scale: Tensor
     tau: Tensor
+    order: int = 1
 
     def with_tau(self, tau: Tensor) -> VoxelPosterior:
         """The same images under another prior."""
@@ -99,10 +106,22 @@ class VoxelPosterior:
 
     def information(self) -> Tensor:
         """What the images say about a coefficient of u, averaged over each shell: (L,), in the units of 1 / tau^2."""
-        table = shell_mean(
-            self.spectrum, half_radius(2 * len(self.scale)) * (self.box / 2 / len(self.scale)), len(self.tau)
-        )
-        return table * self.scale.square().mean()
+        return self._seen() * self.scale.square().mean()
+
+    def determined(self) -> Tensor:
+        """The share of the coefficients of each shell that the images determine, not the prior: (L,), 0 to 1.
+
+        A coefficient near r has the precision seen * scale(r)^2 + 1 / tau^2: where scale is small, nothing is seen.
+        """
+        strength = (self._seen() * self.tau.square()).clamp_min(0)[:, None]
+        step = max(1, len(self.scale) // 32)  # scale is smooth: a part of its voxels tells
+        square = self.scale[::step, ::step, ::step].square().flatten()
+        return torch.stack([(s * square / (1 + s * square)).mean() for s in strength])
+
+    def _seen(self) -> Tensor:
+        """Mean of the spectrum of A^H W A over each shell: (L,)."""
+        radius = half_radius(2 * len(self.scale)) * (self.box / 2 / len(self.scale))
+        return shell_mean(self.spectrum, radius, len(self.tau))
 
     def mean(self, tolerance: float = 1e-3, start: Tensor | None = None) -> Tensor:
         """Posterior mean of e (b, b, b)."""
@@ -167,11 +186,14 @@ class VoxelPosterior:
 def first_tau(posterior: VoxelPosterior) -> Tensor:
     """Prior sd of u by shell from moments of the right-hand side, each coefficient taken on its own: (L,).
 
-    A coefficient of S A^H W X has about the variance lambda^2 tau^2 + lambda, lambda the images' information.
+    A coefficient of S A^H W X has about the variance lambda^2 tau^2 <S^4> / <S^2>^2 + lambda, lambda the images'
+    information: signal and noise are both seen where scale is.
     """
     weight = posterior.information().clamp_min(1e-30)
-    power = shell_power(posterior.scale * posterior.rhs, len(posterior.tau))
-    return floor_tau((power - weight).clamp_min(0) / weight.square(), weight)
+    power = posterior.order * shell_power(posterior.scale * posterior.rhs, len(posterior.tau))
+    square = posterior.scale.square()
+    spread = square.square().mean() / square.mean().square()
+    return floor_tau((power - weight).clamp_min(0) / (weight.square() * spread), weight)
 
 
 def mackay_tau(posterior: VoxelPosterior, mean: Tensor) -> Tensor:
@@ -180,10 +202,9 @@ def mackay_tau(posterior: VoxelPosterior, mean: Tensor) -> Tensor:
     gamma = 1 - var / tau^2, the share of the coefficients that the images determine, with the posterior variance of
     each coefficient taken on its own. Source: MacKay, Neural Computation 4 (1992) 415.
     """
-    weight = posterior.information()
-    determined = weight * posterior.tau.square()
-    gamma = (determined / (1 + determined)).clamp_min(0.02)
-    return floor_tau(shell_power(posterior.colour(mean), len(posterior.tau)) / gamma, weight)
+    gamma = posterior.determined().clamp_min(0.02)
+    power = posterior.order * shell_power(posterior.colour(mean), len(posterior.tau))
+    return floor_tau(power / gamma, posterior.information())
 
 
 def floor_tau(variance: Tensor, information: Tensor) -> Tensor:

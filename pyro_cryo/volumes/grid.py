@@ -16,11 +16,11 @@ class VoxelGrid(nn.Module):
     def __init__(self, box: int) -> None:
         super().__init__()
         self.register_buffer("voxels", torch.zeros(box, box, box))
-        self._grid: tuple[int, Tensor] | None = None
+        self._grid: tuple[Tensor, int, Tensor] | None = None
 
     def set(self, voxels: Tensor) -> None:
-        """Take the map (D, D, D)."""
-        self.voxels = voxels.to(self.voxels)
+        """Take a copy of the map (D, D, D)."""
+        self.voxels = voxels.to(self.voxels, copy=True)
 
     def forward(self, k: Tensor, z: Tensor | None = None) -> Tensor:
         """The transform at points (*batch, P, 3): (*batch, P, 2)."""
@@ -32,7 +32,7 @@ class VoxelGrid(nn.Module):
 
     def grid(self) -> Tensor:
         """The Fourier grid of the voxels as they are now."""
-        stamp = hash((id(self.voxels), self.voxels._version))
-        if self._grid is None or self._grid[0] != stamp or self._grid[1].device != self.voxels.device:
-            self._grid = (stamp, fourier_grid(self.voxels))
-        return self._grid[1]
+        made = self._grid
+        if made is None or made[0] is not self.voxels or made[1] != self.voxels._version:
+            made = self._grid = (self.voxels, self.voxels._version, fourier_grid(self.voxels))
+        return made[2]
