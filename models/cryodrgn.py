@@ -31,6 +31,8 @@ class CryoDRGN(CryoModel):
     group of every map of the family.
     """
 
+    volume: CoordinateMLP
+    consensus: VoxelGrid
     mask: Tensor
     symmetry: Tensor
 
@@ -95,6 +97,7 @@ class CryoDRGN(CryoModel):
         self.mask.copy_((start.scale / start.scale.max()).clamp_max(0.1) * 10)
 
     def map(self, z: Tensor | None = None) -> Tensor:
+        assert z is not None
         return self.mask * (self.consensus.map(z) + self.volume.map(z))
 
 

@@ -21,6 +21,8 @@ from pyro_cryo.volumes.mlp import CoordinateMLP, PositionalEncoding
 class CryoDRGN2020(CryoModel):
     """V(k | z) = net(encoding(k), z), z ~ Normal(0, I)."""
 
+    volume: CoordinateMLP
+
     def __init__(self, box: int, zdim: int = 8, width: int = 256, layers: int = 3, noise_groups: int = 1) -> None:
         super().__init__(box, noise_groups)
         self.zdim, self.width, self.layers = zdim, width, layers

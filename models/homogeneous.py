@@ -30,6 +30,7 @@ class Homogeneous(CryoModel):
     """
 
     epochs = 0  # everything is conjugate: solved in `prepare`, nothing left to descend
+    volume: VoxelGrid
     scale: Tensor
     tau: Tensor
     u: Tensor

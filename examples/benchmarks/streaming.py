@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.data.stack import Stack
 from pyro_cryo.volumes.conjugate import NormalEquations
 
 
@@ -57,7 +58,7 @@ def main() -> None:
             print(f"{name}: {from_disk:.0f} images/s from disk, {in_memory[name]:.0f} from memory: {share:.0f}%")
 
 
-class Held:
+class Held(Stack):
     """All images of a stack in one array, read as the stack is."""
 
     def __init__(self, particles: Particles) -> None:

@@ -109,7 +109,7 @@ def simulate(
     images. Raises ValueError where a value makes no sense or `out` already holds a case.
     """
     shift_sd_px = 0.03 * box if shift_sd_px is None else shift_sd_px
-    _check(n_images, box, snr, shift_sd_px, defocus_angstrom, amplitude_contrast, noise_power)
+    _check(n_images, box, snr, shift_sd_px, defocus_angstrom, (voltage_kv, cs_mm, amplitude_contrast), noise_power)
     apix = source.apix_for(box, apix)
     out = Path(out)
     if not overwrite and any((out / name).exists() for name in ("particles.mrcs", "particles.star", "truth.npz")):
@@ -117,6 +117,7 @@ def simulate(
     generator = torch.Generator().manual_seed(seed)
     optics = (voltage_kv, cs_mm, amplitude_contrast)
     truth = _draw(n_images, len(source), shift_sd_px, defocus_angstrom, optics, generator)
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     stack = out / f".particles.{os.getpid()}.tmp"
     try:
@@ -128,6 +129,8 @@ def simulate(
         os.replace(stack, out / "particles.mrcs")
     finally:
         stack.unlink(missing_ok=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()
     _write_truth(out / "truth.npz", source, truth, box, apix, snr, scale, noise_sd)
     _write_star(out / "particles.star", truth, box, apix)
     return out / "particles.star"
@@ -139,11 +142,12 @@ def _check(
     snr: float,
     shift_sd_px: float,
     defocus_angstrom: tuple[float, float],
-    amplitude_contrast: float,
+    optics: tuple[float, float, float],
     noise_power: Sequence[float] | None,
 ) -> None:
     """One ValueError for the first argument that makes no sense."""
     low, high = defocus_angstrom
+    voltage_kv, cs_mm, amplitude_contrast = optics
     power = np.ones(box // 2 + 1) if noise_power is None else np.asarray(noise_power, float)
     complaints = [
         (n_images < 1, f"{n_images} images; give at least 1"),
@@ -151,6 +155,8 @@ def _check(
         (not 0 < snr < float("inf"), f"snr {snr} is not positive; give for example snr=0.1"),
         (not shift_sd_px >= 0, f"shift_sd_px {shift_sd_px} is negative; give 0 or more pixels"),
         (not 0 < low <= high, f"defocus range {low:g} to {high:g} angstrom; give two positive values, lower first"),
+        (not 0 < voltage_kv < float("inf"), f"a voltage of {voltage_kv:g} kV; give for example 300"),
+        (not 0 <= cs_mm < float("inf"), f"a spherical aberration of {cs_mm:g} mm; give for example 2.7"),
         (not 0 <= amplitude_contrast < 1, f"amplitude contrast {amplitude_contrast} lies outside 0 to 1; give 0.1"),
         (
             power.shape != (box // 2 + 1,) or not np.isfinite(power).all() or power.min() < 0 or power.max() <= 0,

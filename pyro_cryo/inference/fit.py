@@ -329,7 +329,7 @@ class _Loop:
             self.schedule.last_epoch = saved["step"]
         self.finished, self.losses = saved["finished"], list(saved["losses"])
         self.step, self.elapsed, self.run.records = saved["step"], saved["elapsed"], saved["records"]
-        if self.run.folder is not None:
+        if self.run.folder is not None and self.epochs:
             write_log(self.run.folder, self.run.records)
         torch.set_rng_state(saved["random"].cpu())
         if saved["random_cuda"] and torch.cuda.is_available():

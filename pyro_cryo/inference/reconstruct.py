@@ -136,10 +136,10 @@ def _smooth(square: Tensor) -> Tensor:
 
 
 def half_sets(particles: Particles, generator: torch.Generator) -> Tensor:
-    """1 or 2 for every image: as the table has it, else drawn at random: (N,)."""
+    """1 or 2 for every image: as the table has it, else drawn at random, a particle's images together: (N,)."""
     given = particles.half_set
-    drawn = torch.randint(1, 3, (len(particles),), generator=generator, dtype=given.dtype)
-    return torch.where(given > 0, given, drawn)
+    drawn = torch.randint(1, 3, (particles.n_particles,), generator=generator, dtype=given.dtype)
+    return torch.where(given > 0, given, drawn[particles.particle])
 
 
 def learn_noise(

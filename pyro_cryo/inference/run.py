@@ -68,7 +68,7 @@ class Run:
             guide = model.make_guide().to(device)
             guide.load_state_dict(state["guide"])
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"the checkpoint of {folder} does not fit {type(model).__name__} as it is now ({reason}); "
                 "build the model as it was fitted"

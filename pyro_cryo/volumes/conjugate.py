@@ -68,10 +68,10 @@ class NormalEquations:
         crop = _bounding_cube(scale)
         side = crop[0].stop - crop[0].start
         kernel = crop_kernel(toeplitz_kernel(self.weight, self.box), side)
-        # A molecule in the inscribed ball has no longer lags; cut off, they would make the spectrum ring below zero.
-        kernel = kernel * torch.fft.ifftshift(soft_disc(2 * side, 0.9 * side, 0.2 * side, dims=3, device=kernel.device))
+        # Few pairs of voxels are farther apart; lags that end abruptly would make the spectrum ring below zero.
+        taper = soft_disc(2 * side, 0.6 * side, 0.4 * side, dims=3, device=kernel.device)
+        spectrum = nonnegative(torch.fft.rfftn(kernel * torch.fft.ifftshift(taper)).real)
         rhs = fourier_grid_adjoint(self.value, self.box)
-        spectrum = torch.fft.rfftn(kernel).real.clamp_min(0)
         unit = torch.ones(self.box // 2 + 1, device=rhs.device)
         result = VoxelPosterior(self.box, crop, rhs[crop].contiguous(), spectrum, scale[crop].contiguous(), unit, order)
         return result.with_tau(first_tau(result) if tau is None else tau)
@@ -215,6 +215,18 @@ def floor_tau(variance: Tensor, information: Tensor) -> Tensor:
     return torch.maximum(variance, floor.clamp_min(1e-30)).sqrt()
 
 
+def nonnegative(spectrum: Tensor) -> Tensor:
+    """A spectrum (n, n, n / 2 + 1) without its negative values but with the mean of every shell as it was.
+
+    Clamping alone would add to what the images say, most where they say little.
+    """
+    radius = half_radius(spectrum.shape[0], spectrum.device)
+    shells = int(radius.max().round()) + 1
+    clamped = spectrum.clamp_min(0)
+    share = shell_mean(spectrum, radius, shells).clamp_min(0) / shell_mean(clamped, radius, shells).clamp_min(1e-30)
+    return clamped * share[radius.round().long()]
+
+
 def shell_mean(values: Tensor, shell_radius: Tensor, shells: int) -> Tensor:
     """Mean over shells of values on an rfftn layout: (L,); what stands for its mirror too counts twice."""
     shell = shell_radius.to(values.device).round().long()
@@ -235,7 +247,7 @@ def shell_power(volume: Tensor, shells: int) -> Tensor:
 
 
 def _bounding_cube(scale: Tensor) -> tuple[slice, slice, slice]:
-    """The smallest even cube, centred like the box, outside which scale is zero."""
+    """An even cube, centred like the box, outside which scale is zero, with a margin of a quarter where there is room."""
     box = len(scale)
     inside = scale > 0
     reach = 2
@@ -243,6 +255,6 @@ def _bounding_cube(scale: Tensor) -> tuple[slice, slice, slice]:
         line = inside.any(dim=tuple(d for d in range(3) if d != dim)).nonzero()
         if len(line):
             reach = max(reach, box // 2 - int(line.min()), int(line.max()) + 1 - box // 2)
-    reach = min(reach, box // 2)
+    reach = min(-(-5 * reach // 4), box // 2)
     side = slice(box // 2 - reach, box // 2 + reach)
     return side, side, side
