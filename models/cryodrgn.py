@@ -18,6 +18,7 @@ from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import shell_power
 from pyro_cryo.volumes.grid import VoxelGrid
+from pyro_cryo.volumes.mask import chosen_mask
 from pyro_cryo.volumes.mlp import CoordinateMLP
 
 MOTION_SNR = 2.0  # states share the images: a motion is seen less far than the consensus, whose limit is about 0.3
@@ -28,7 +29,7 @@ class CryoDRGN(CryoModel):
 
     box: D, pixels; zdim: dimension of z; width, layers: of the network and the encoder; kmax: band limit of what
     moves, cycles a box (default: as far as the consensus has a signal-to-noise ratio above MOTION_SNR); symmetry: point
-    group of every map of the family.
+    group of every map of the family; mask: "auto", "none" or the path of a map in 0 to 1, outside which nothing is.
     """
 
     volume: CoordinateMLP
@@ -44,13 +45,14 @@ class CryoDRGN(CryoModel):
         layers: int = 3,
         kmax: float | None = None,
         symmetry: str = "C1",
+        mask: str = "auto",
         noise_groups: int = 1,
     ) -> None:
         super().__init__(box, noise_groups)
         self.zdim, self.width, self.layers = zdim, width, layers
         self.consensus = VoxelGrid(box)
         self.volume = CoordinateMLP(box, zdim, width, layers, kmax=kmax)
-        self.kmax = kmax
+        self.kmax, self.mask_choice = kmax, mask
         self.register_buffer("symmetry", point_group(symmetry), persistent=False)
         self.register_buffer("mask", torch.ones(box, box, box))
 
@@ -84,6 +86,7 @@ class CryoDRGN(CryoModel):
         start = reconstruct(
             particles,
             symmetry=self.symmetry,
+            mask=chosen_mask(self.mask_choice, self.box),
             device=self.mask.device,
             generator=generator,
             draws=1,
@@ -94,7 +97,8 @@ class CryoDRGN(CryoModel):
         self.consensus.set(start.volume)
         self.volume.amplitude.copy_((self.box * shell_power(start.volume, self.box // 2 + 1)).sqrt())
         self.log_sigma.data.copy_(start.sigma.log())
-        self.mask.copy_((start.scale / start.scale.max()).clamp_max(0.1) * 10)
+        # An arm that moves is faint in the consensus: only where next to nothing is expected is nothing shown.
+        self.mask.copy_((50 * start.scale).clamp_max(1.0))
 
     def map(self, z: Tensor | None = None) -> Tensor:
         assert z is not None

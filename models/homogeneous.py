@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pyro_cryo.analysis.report import write_reconstruction
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import ShellNormal
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
@@ -19,6 +18,7 @@ from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import fourier_grid, read_grid
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.grid import VoxelGrid
+from pyro_cryo.volumes.mask import chosen_mask
 
 
 class Homogeneous(CryoModel):
@@ -55,13 +55,10 @@ class Homogeneous(CryoModel):
         return VolumeGuide(self)
 
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
-        mask: str | Tensor | None = {"auto": "auto", "none": None}.get(self.mask, self.mask)
-        if isinstance(mask, str) and mask != "auto":
-            mask = read_mask(mask, self.box)
         found = reconstruct(
             particles,
             symmetry=self.symmetry,
-            mask=mask,
+            mask=chosen_mask(self.mask, self.box),
             device=self.tau.device,
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
@@ -69,7 +66,7 @@ class Homogeneous(CryoModel):
         self.volume.set(found.volume)
         self.scale.copy_(found.scale)
         self.tau.copy_(found.tau)
-        self.u.copy_(found.volume / found.scale.clamp_min(1e-6) * (found.scale > 0))
+        self.u.copy_(found.u)
         self.u_sd.copy_(found.coefficient_sd)
         self.log_sigma.data.copy_(found.sigma.log())
         self.reconstruction = found
@@ -91,14 +88,3 @@ class VolumeGuide(nn.Module):
         """Sample `volume`."""
         (model,) = self._model
         pyro.sample("volume", ShellNormal(model.u_sd, model.u))
-
-
-def read_mask(path: str, box: int) -> Tensor:
-    """A mask from a map file, checked: the box of the model, values in 0 to 1."""
-    mask, _ = read_map(Path(path))
-    if len(mask) != box:
-        raise ValueError(f"{path}: mask of {len(mask)} voxels, the images are {box} pixels; resample the mask")
-    if float(mask.min()) < -1e-3 or float(mask.max()) > 1 + 1e-3 or float(mask.max()) <= 0:
-        low, high = float(mask.min()), float(mask.max())
-        raise ValueError(f"{path}: mask values {low:g} to {high:g}; expected 0 (solvent) to 1 (molecule)")
-    return mask.clamp(0, 1)

@@ -97,7 +97,13 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     add("--zdim", type=int, default=none, help="dimension of the latent coordinate (default: the model's)")
     add("--symmetry", default=none, help="point group of the map: C1, C4, D7, T, O, I (default: C1)")
     add("--mask", default=none, help="solvent mask: auto, none or a map of values 0 to 1 (default: auto)")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the model, as in Python; repeatable")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other argument of the model, as in Python; repeatable",
+    )
     add("--resume", action="store_true", help="go on with the run in -o; give the arguments that it was started with")
     images = parser.add_argument_group("images")
     add = images.add_argument
@@ -110,7 +116,12 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     add("--normalize", action="store_true", help="each image to mean 0, sd 1 outside a circle of 0.9 boxes")
     add("--window", type=float, default=none, help="soft disc, a fraction of half the box (default: no window)")
     add("--first", type=int, default=none, help="only so many particles, from the first (default: all)")
-    add("--subset", type=Path, default=none, help="only those of a .txt or .npy of rows from 0, or of a .star (default: all)")
+    add(
+        "--subset",
+        type=Path,
+        default=none,
+        help="only those of a .txt or .npy of rows from 0, or of a .star (default: all)",
+    )
     descent = parser.add_argument_group("descent (models that are not solved for)")
     add = descent.add_argument
     add("--epochs", "-n", type=int, default=none, help="passes over the data (default: the model's)")

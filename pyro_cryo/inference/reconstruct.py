@@ -31,6 +31,7 @@ class Reconstruction:
     """A map and what is known about it.
 
     volume, sd:   (D, D, D) posterior mean and standard deviation a voxel
+    u:            (D, D, D) posterior mean of u, V = scale * u
     halves:       two (D, D, D) maps from independent half sets
     mask:         (D, D, D) solvent mask, 0 to 1
     scale:        (D, D, D) prior sd of each voxel, up to the factor tau
@@ -41,6 +42,7 @@ class Reconstruction:
     """
 
     volume: Tensor
+    u: Tensor
     sd: Tensor
     halves: tuple[Tensor, Tensor]
     mask: Tensor
@@ -119,6 +121,7 @@ def _solve(
     first_half, second_half = (own.to_map(own.mean(1e-2)) for own in alone)
     return Reconstruction(
         volume=volume,
+        u=posterior.in_box(posterior.colour(mean)),
         sd=_smooth(square).sqrt(),
         halves=(first_half, second_half),
         mask=mask,
@@ -204,7 +207,11 @@ def add_shells(total: Tensor, count: Tensor, square: Tensor, batch: Batch) -> No
 
 
 def noise_floor(sigma: Tensor) -> Tensor:
-    """sigma with empty shells filled and a floor, so that noise-free data do not diverge."""
+    """sigma with empty shells filled and a floor, a tenth of its largest value beyond the first shells.
+
+    Noise is never that uneven, but without noise what is left of the signal is: and where one shell outweighs another
+    ten thousandfold, no solver sees the other.
+    """
     typical = sigma[:, 1:].median(1).values.clamp_min(1e-12)[:, None]
-    sigma = torch.where(sigma > 0, sigma, typical)
-    return torch.maximum(sigma, 1e-3 * typical)
+    largest = sigma[:, 1 + sigma.shape[1] // 8 :].amax(1, keepdim=True)
+    return torch.maximum(torch.where(sigma > 0, sigma, typical), 0.1 * largest)

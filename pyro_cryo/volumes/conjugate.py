@@ -148,8 +148,12 @@ class VoxelPosterior:
 
     def to_map(self, e: Tensor) -> Tensor:
         """V = scale * colour(e) in the whole box: (*batch, b, b, b) -> (*batch, D, D, D)."""
-        volume = e.new_zeros((*e.shape[:-3], self.box, self.box, self.box))
-        volume[(..., *self.crop)] = self.scale * self.colour(e)
+        return self.in_box(self.scale * self.colour(e))
+
+    def in_box(self, values: Tensor) -> Tensor:
+        """Values on the cube (*batch, b, b, b), zero around it: (*batch, D, D, D)."""
+        volume = values.new_zeros((*values.shape[:-3], self.box, self.box, self.box))
+        volume[(..., *self.crop)] = values
         return volume
 
     def _solve(self, rhs: Tensor, tolerance: float, start: Tensor | None) -> Tensor:
@@ -174,7 +178,10 @@ class VoxelPosterior:
             if bool((rz <= target).all()):
                 break
             image = operator(direction)
-            step = rz / dot(direction, image).clamp_min(1e-30)
+            curvature = dot(direction, image)
+            if not bool((curvature > 0).all()):  # beyond what single precision resolves
+                break
+            step = rz / curvature
             e = e + step * direction
             residual = residual - step * image
             z = multiply_spectrum(residual, weak)
@@ -247,7 +254,7 @@ def shell_power(volume: Tensor, shells: int) -> Tensor:
 
 
 def _bounding_cube(scale: Tensor) -> tuple[slice, slice, slice]:
-    """An even cube, centred like the box, outside which scale is zero, with a margin of a quarter where there is room."""
+    """An even cube, centred like the box, outside which scale is zero; with a margin of a quarter where it fits."""
     box = len(scale)
     inside = scale > 0
     reach = 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.physics.fourier import radius, soft_disc
 
 
@@ -53,3 +56,21 @@ def density_envelope(
     floor = outside + (inside - outside) * mask
     envelope = torch.maximum(local / local.max().clamp_min(1e-30), floor)
     return envelope * soft_disc(box, 0.5 * box * 0.9, 0.5 * box * 0.1, dims=3, device=volume.device)
+
+
+def chosen_mask(choice: str, box: int) -> Tensor | str | None:
+    """What a user's choice means to `reconstruct`: "auto" as it is, "none" None, else the map of that path."""
+    if choice in ("auto", "none"):
+        return None if choice == "none" else choice
+    return read_mask(choice, box)
+
+
+def read_mask(path: str, box: int) -> Tensor:
+    """A mask from a map file, checked: the box of the model, values in 0 to 1."""
+    mask, _ = read_map(Path(path))
+    if len(mask) != box:
+        raise ValueError(f"{path}: mask of {len(mask)} voxels, the images are {box} pixels; resample the mask")
+    if float(mask.min()) < -1e-3 or float(mask.max()) > 1 + 1e-3 or float(mask.max()) <= 0:
+        low, high = float(mask.min()), float(mask.max())
+        raise ValueError(f"{path}: mask values {low:g} to {high:g}; expected 0 (solvent) to 1 (molecule)")
+    return mask.clamp(0, 1)

@@ -51,7 +51,9 @@ def analytic_slices(source: Complex, apix: float, rotation: Tensor, k: Tensor) -
     """
     sigma, xy = source.sigma_angstrom / apix, (source.xyz[0] / apix @ rotation[:, :2].mT).double()
     phase = torch.exp(-2j * math.pi / BOX * torch.einsum("pj,baj->bpa", k.double(), xy))
-    height = (2 * math.pi) ** 1.5 * sigma**3 * torch.exp(-2 * (math.pi * sigma / BOX) ** 2 * k.double().square().sum(-1))
+    height = (
+        (2 * math.pi) ** 1.5 * sigma**3 * torch.exp(-2 * (math.pi * sigma / BOX) ** 2 * k.double().square().sum(-1))
+    )
     return height * (phase @ source.weight[0].to(phase.dtype)) / BOX
 
 
@@ -59,9 +61,7 @@ def slice_error(oversample: int, rotation: Tensor) -> float:
     source, apix = blobs()
     half = HalfPlane.of(BOX)
     k = half.k[: half.count(BOX / 4)]
-    found = read_grid(
-        fourier_grid(source.volume(0, BOX, apix), oversample), slice_coordinates(rotation, k), oversample
-    )
+    found = read_grid(fourier_grid(source.volume(0, BOX, apix), oversample), slice_coordinates(rotation, k), oversample)
     expected = analytic_slices(source, apix, rotation, k)
     return float((found - expected).abs().norm() / expected.abs().norm())
 
@@ -80,7 +80,9 @@ def test_a_slice_along_an_axis_is_the_projection_at_every_frequency() -> None:
     gridding = torch.sinc((torch.arange(16) - 8) / 32) ** 2  # on the lattice nothing is interpolated
     corrected = volume / (gridding[:, None, None] * gridding[:, None] * gridding)
     found = read_grid(grid, slice_coordinates(torch.eye(3), half.k))
-    torch.testing.assert_close(torch.view_as_real(found), image_to_half_plane(corrected.sum(0), half), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.view_as_real(found), image_to_half_plane(corrected.sum(0), half), atol=1e-5, rtol=0
+    )
 
 
 def test_rotating_the_map_is_rotating_the_pose() -> None:

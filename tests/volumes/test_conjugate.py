@@ -10,15 +10,24 @@ from torch import Tensor
 from pyro_cryo.analysis.fsc import fsc
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions import ShellNormal
-from pyro_cryo.physics.fourier import HalfPlane, radius, shift_phase, soft_disc
+from pyro_cryo.distributions.volume import shell_values
+from pyro_cryo.physics.fourier import HalfPlane, half_radius, radius, shift_phase, soft_disc
 from pyro_cryo.physics.rotations import exp, point_group, random_rotations
-from pyro_cryo.physics.slices import convolve, fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.physics.slices import (
+    add_to_grid,
+    convolve,
+    fourier_grid,
+    fourier_grid_adjoint,
+    read_grid,
+    slice_coordinates,
+)
 from pyro_cryo.volumes.conjugate import (
     NormalEquations,
     VoxelPosterior,
     first_tau,
     mackay_tau,
     noise_sd,
+    nonnegative,
     shell_mean,
     shell_power,
 )
@@ -74,10 +83,10 @@ def decaying(box: int, top: float = 1.0) -> Tensor:
 @pytest.fixture
 def tiny() -> tuple[VoxelPosterior, Tensor]:
     """A posterior on few voxels, and its dense precision H (b^3, b^3) made of the same convolution."""
-    box = 10
+    box = 12
     tau, sigma = decaying(box), torch.full((box // 2 + 1,), 2.0)
-    batch = observe(drawn_map(box, tau), random_rotations(30, seeded(1)), sigma)
-    scale = soft_disc(box, 2, 1.5, dims=3)
+    batch = observe(drawn_map(box, tau), random_rotations(40, seeded(1)), sigma)
+    scale = soft_disc(box, 2, 1, dims=3)
     posterior = equations(batch, sigma).posterior(scale, tau)
     b = len(posterior.scale)
     basis = torch.eye(b**3).view(-1, b, b, b)
@@ -91,9 +100,9 @@ def test_the_cube_holds_all_voxels_of_the_support(tiny: tuple[VoxelPosterior, Te
     assert len(posterior.scale) < posterior.box
     e = torch.randn(posterior.scale.shape, generator=seeded())
     volume = posterior.to_map(e)
-    assert volume.shape == (10, 10, 10)
+    assert volume.shape == (12, 12, 12)
     torch.testing.assert_close(volume.sum(), (posterior.scale * posterior.colour(e)).sum())
-    torch.testing.assert_close(posterior.scale.sum(), soft_disc(10, 2, 1.5, dims=3).sum())
+    torch.testing.assert_close(posterior.scale.sum(), soft_disc(12, 2, 1, dims=3).sum())
     torch.testing.assert_close(dense, dense.T, rtol=0, atol=1e-5 * float(dense.abs().max()))
 
 
@@ -120,6 +129,34 @@ def test_draws_have_the_covariance_of_the_dense_posterior(tiny: tuple[VoxelPoste
     assert float(correlation.square().mean()) == pytest.approx(1 / 300, rel=0.1)  # as of independent numbers
 
 
+def test_nonnegative_spectra_keep_the_mean_of_every_shell() -> None:
+    spectrum = torch.randn(16, 16, 9, generator=seeded()) + 0.5
+    found = nonnegative(spectrum)
+    assert float(found.min()) >= 0
+    radius_of = half_radius(16)
+    torch.testing.assert_close(shell_mean(found, radius_of, 9)[2:], shell_mean(spectrum, radius_of, 9)[2:])
+
+
+def test_the_operator_is_right_in_every_shell() -> None:
+    """Also where the CTF lets through a hundredth of what it does elsewhere: nothing may leak into those shells."""
+    box = 24
+    noise = torch.ones(box // 2 + 1)
+    truth = drawn_map(box, decaying(box))
+    batch = observe(truth, random_rotations(300, seeded(1)), noise)
+    weak = 0.1 + 0.9 * (batch.half.shell > 3)
+    batch = Batch(**{**vars(batch), "ctf": torch.ones(300, 1) * weak})
+    points = slice_coordinates(batch.rotation, batch.half.k)
+    gathered = torch.zeros(2 * box, 2 * box, box + 1, dtype=torch.complex64)
+    add_to_grid(gathered, points, read_grid(fourier_grid(truth), points) * batch.ctf.square())
+    exact = fourier_grid_adjoint(gathered, box)
+    posterior = equations(batch, noise).posterior(torch.ones(box, box, box))
+    inside = support(box) > 0.5
+    error = shell_power(inside * (convolve(posterior.spectrum, truth) - exact), box // 2 + 1)
+    relative = (error / shell_power(inside * exact, box // 2 + 1)).sqrt()
+    print("relative error by shell:", *[f"{float(r):.3f}" for r in relative])
+    assert float(relative[1:-1].max()) < 0.05
+
+
 def test_normal_equations_add_up() -> None:
     sigma, batch = torch.ones(9), observe(drawn_map(16, torch.ones(9)), random_rotations(20, seeded(1)), torch.ones(9))
     whole = equations(batch, sigma)
@@ -138,25 +175,65 @@ def test_noise_sd_is_by_group_and_shell_and_scaled_by_the_image() -> None:
     torch.testing.assert_close(noise_sd(scaled, sigma), 0.5 * noise_sd(groups, sigma))
 
 
-@pytest.mark.parametrize("sigma", [3.0, 12.0])
-def test_the_prior_variance_of_every_shell_is_recovered(sigma: float) -> None:
-    box = 24
+@pytest.mark.parametrize("sigma", [1.0, 3.0])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_prior_variance_of_every_shell_is_recovered(sigma: float, everywhere: bool) -> None:
+    """In a mask too, where most of what the prior expects is not seen."""
+    box = 28
     planted = decaying(box, 3.0)
     noise = torch.full((box // 2 + 1,), sigma)
-    batch = observe(drawn_map(box, planted), random_rotations(500, seeded(1)), noise)
-    posterior = equations(batch, noise).posterior(support(box))
-    seen = posterior.information() * planted.square() > 3
-    seen[:2] = False  # too few coefficients to tell
+    scale = torch.ones(box, box, box) if everywhere else support(box)
+    pyro.set_rng_seed(0)
+    batch = observe(scale * ShellNormal(planted).sample(), random_rotations(400, seeded(1)), noise)
+    posterior = equations(batch, noise).posterior(scale)
+    torch.testing.assert_close(posterior.tau, first_tau(posterior))
+    seen = posterior.information() * planted.square() > 1
+    seen[:3] = seen[-1] = False  # too few coefficients to tell
     assert int(seen.sum()) >= 4
-    rough = first_tau(posterior)
-    torch.testing.assert_close(posterior.tau, rough)
-    assert float((rough[seen] / planted[seen]).log().abs().max()) < 0.5
-    for _ in range(3):
+    rough = posterior.tau[seen] / planted[seen]
+    for _ in range(4):
         posterior = posterior.with_tau(mackay_tau(posterior, posterior.mean(1e-3)))
-    ratio = (posterior.tau / planted)[seen]
-    print(f"sigma {sigma}: tau over planted in {int(seen.sum())} shells:", *[f"{float(r):.2f}" for r in ratio])
-    assert float(ratio.log().abs().max()) < 0.25
-    assert float(ratio.log().mean().abs()) < 0.1
+    ratio = posterior.tau[seen] / planted[seen]
+    print("tau over planted, moments:", *[f"{float(r):.2f}" for r in rough])
+    print("tau over planted, MacKay: ", *[f"{float(r):.2f}" for r in ratio])
+    assert float(rough.log().abs().max()) < 0.4
+    assert float(ratio.log().abs().max()) < 0.35
+    assert float(ratio.log().mean().abs()) < 0.08
+
+
+def test_the_prior_variance_of_a_symmetric_map_is_recovered() -> None:
+    """A quarter of a C4 map's coefficients are free: those of the map that is drawn and then symmetrised."""
+    box = 28
+    planted = decaying(box, 3.0)
+    noise = torch.full((box // 2 + 1,), 2.0)
+    found = []
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        truth = support(box) * turned(ShellNormal(planted).sample())
+        batch = observe(truth, random_rotations(200, seeded(seed)), noise)
+        posterior = equations(batch, noise, "C4").posterior(support(box), order=4)
+        for _ in range(4):
+            posterior = posterior.with_tau(mackay_tau(posterior, posterior.mean(1e-3)))
+        found.append(posterior.tau.square())
+    ratio = (torch.stack(found).mean(0).sqrt() / planted)[3:10]
+    print("tau over planted:", *[f"{float(r):.2f}" for r in ratio])
+    assert float(ratio.log().abs().max()) < 0.35
+    assert float(ratio.log().mean().abs()) < 0.12
+
+
+def test_the_share_that_the_images_determine_is_that_of_the_dense_posterior(
+    tiny: tuple[VoxelPosterior, Tensor],
+) -> None:
+    """1 - var of e, whose prior is white, averaged over all coefficients: trace(1 - H^-1) / b^3."""
+    posterior, dense = tiny
+    count = len(dense)
+    for factor in (1.0, 5.0, 25.0):  # of tau, so the data's part of H goes with its square
+        strong = factor**2 * (dense - torch.eye(count)) + torch.eye(count)
+        expected = 1 - float(torch.linalg.inv(strong).diagonal().mean())
+        share = posterior.with_tau(factor * posterior.tau).determined()
+        found = float(shell_values(share, len(posterior.scale)).mean())
+        print(f"tau x {factor:g}: {found:.3f} determined, exactly {expected:.3f}")
+        assert found == pytest.approx(expected, rel=0.2)
 
 
 def test_without_signal_the_prior_says_so() -> None:
@@ -180,14 +257,14 @@ def test_the_posterior_is_calibrated(sigma: float) -> None:
         batch = observe(truth, random_rotations(150, seeded(10 + seed)), noise, seed)
         posterior = equations(batch, noise).posterior(support(box), tau)
         mean = posterior.to_map(posterior.mean(1e-3))
-        variance = posterior.to_map(posterior.deviations(12, seeded(seed), 1e-2)).square().mean(0)
+        variance = posterior.to_map(posterior.deviations(16, seeded(seed), 1e-2)).square().mean(0)
         variance = torch.nn.functional.avg_pool3d(variance[None, None], 3, 1, 1)[0, 0]
         square.append(((truth - mean).square() / variance)[inside].mean())
         prior = support(box).square() * tau.square().mean()
         assert float(variance[inside].mean()) < 0.9 * float(prior[inside].mean())  # the images said something
     ratio = float(torch.stack(square).mean())
     print(f"sigma {sigma}: mean squared error over posterior variance {ratio:.3f}")
-    assert ratio == pytest.approx(1.0, abs=0.12)
+    assert ratio == pytest.approx(1.0, abs=0.15)
 
 
 def c4_map(box: int, tau: Tensor, symmetrise: Callable[[Tensor], Tensor]) -> Tensor:
@@ -251,7 +328,7 @@ def test_support_of_a_map_is_where_it_is_not_zero() -> None:
     batch = observe(drawn_map(box, torch.ones(11)), random_rotations(20, seeded(1)), noise)
     scale = (radius(box, 3) < 5).float()
     posterior = equations(batch, noise).posterior(scale, torch.ones(11))
-    assert posterior.crop[0] == slice(5, 15)
+    assert posterior.crop[0] == slice(3, 17)  # 10 voxels and a margin
     volume = posterior.to_map(posterior.mean())
     assert float(volume[scale == 0].abs().max()) == 0.0
     assert float(volume.abs().max()) > 0

@@ -1,0 +1,91 @@
+"""Where in z maps are made, and how a series is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from pyro_cryo.analysis.latent import pca
+from pyro_cryo.analysis.maps import flip_hand, low_pass, sharpen
+from pyro_cryo.analysis.series import along_component, at_clusters, at_images, finishing, from_file, write_series
+from pyro_cryo.data.mrc_map import read_map
+from pyro_cryo.inference.run import Run
+
+
+@pytest.fixture(scope="module")
+def run(cryodrgn_run: Path) -> Run:
+    return Run.load(cryodrgn_run)
+
+
+def test_at_images_in_the_order_asked_for(run: Run) -> None:
+    index, z = at_images(run, [7, 0, 7])
+    assert_array_equal(index, [7, 0, 7])
+    assert_array_equal(z, run.latent.z[[7, 0, 7]])
+
+
+def test_clusters_are_at_particles_and_repeat(run: Run) -> None:
+    index, z = at_clusters(run, 5)
+    assert len(set(index)) == 5
+    assert_array_equal(z, run.latent.z[index])
+    assert_array_equal(at_clusters(run, 5)[0], index)
+
+
+def test_a_component_runs_between_its_percentiles(run: Run) -> None:
+    index, z = along_component(run, 2, 5)
+    assert (index == -1).all()
+    parts = pca(run.latent.z)
+    scores, along = parts.project(run.latent.z)[:, 1], parts.project(z)
+    assert_allclose(along[:, 0], 0, atol=1e-6)
+    assert_allclose(along[[0, -1], 1], np.percentile(scores, [5, 95]), rtol=1e-6)
+    assert_allclose(np.diff(along[:, 1]), np.diff(along[:, 1])[0], rtol=1e-6)
+
+
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("0.5 1\n")
+    assert_array_equal(from_file(tmp_path / "one.txt", 2)[1], [[0.5, 1]])
+    np.save(tmp_path / "column.npy", np.arange(3.0))
+    assert_array_equal(from_file(tmp_path / "column.npy", 1)[1], [[0], [1], [2]])
+    np.save(tmp_path / "row.npy", np.arange(3.0))
+    assert_array_equal(from_file(tmp_path / "row.npy", 3)[1], [[0, 1, 2]])
+    np.save(tmp_path / "deep.npy", np.zeros((2, 2, 2)))
+    (tmp_path / "none.txt").write_text("")
+    for name in ("deep.npy", "none.txt"):
+        with pytest.warns(UserWarning) if name == "none.txt" else _nothing(), pytest.raises(ValueError, match=name):
+            from_file(tmp_path / name, 2)
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_finishing_in_this_order() -> None:
+    volume = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(finishing(2.0, None, None, False)(volume), volume)
+    expected = flip_hand(sharpen(low_pass(volume, 2.0, 8.0), 2.0, -50.0))
+    assert torch.equal(finishing(2.0, 8.0, -50.0, True)(volume), expected)
+
+
+def test_a_series_replaces_a_longer_one_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    out, plain = tmp_path / "maps", finishing(run.particles.apix, None, None, False)
+    write_series(run, out, *at_images(run, [0, 1, 2]), plain)
+    for name in ("vol_mine.mrc", "notes.txt"):
+        (out / name).write_text("kept")
+    paths = write_series(run, out, *at_images(run, [3]), plain)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"vol_000.mrc", "volumes.npz", "series.cxc", "vol_mine.mrc", "notes.txt"}
+    assert_array_equal(read_map(paths[0])[0], run.volume(run.latent.z[3]))
+
+
+def test_one_contour_level_for_the_series(run: Run, tmp_path: Path) -> None:
+    write_series(run, tmp_path, *at_images(run, [0, 1]), finishing(1.0, None, None, False))
+    lines = (tmp_path / "series.cxc").read_text().splitlines()
+    assert lines[0] == 'open "vol_000.mrc" "vol_001.mrc" vseries true'
+    level = float(lines[1].split(" level ")[1].split()[0])
+    with np.load(tmp_path / "volumes.npz") as file:
+        assert (file["volumes"] > level).mean() == pytest.approx(0.03, abs=1e-3)
