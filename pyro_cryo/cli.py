@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, 2 where the input was wrong, 130 where it was interrupted."""
     asked = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
+    # Waiting threads sleep: those that spin make a command several times slower where another has one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         asked.command(asked)
     except KeyboardInterrupt:
@@ -145,6 +148,7 @@ def fit(asked: argparse.Namespace) -> None:
     import torch
 
     from pyro_cryo.data.particles import Particles
+    from pyro_cryo.inference.fit import Settings
     from pyro_cryo.inference.fit import fit as fit_model
     from pyro_cryo.inference.state import load_class
     from pyro_cryo.progress import Bar, quiet
@@ -153,35 +157,20 @@ def fit(asked: argparse.Namespace) -> None:
         if asked.threads < 1:
             raise ValueError(f"threads is {asked.threads}; expected 1 or more")
         torch.set_num_threads(asked.threads)
+    own = ("batch_size", "learning_rate", "beta", "warmup", "seed", "precision", "compile", "save_every_s", "epochs")
+    settings = {name: getattr(asked, name) for name in own if name in asked}
+    settings["device"] = asked.device
+    if asked.device == "auto":
+        settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    Settings(**settings)  # what is wrong with them is said before the particles are read
     kind = load_class(asked.model)
     renamed = {"poses_pkl": "poses", "ctf_pkl": "ctf"}
     names = ("box", "apix", "datadir", "poses_pkl", "ctf_pkl", "invert", "normalize", "window", "first", "subset")
     particles = Particles.open(asked.particles, **{renamed.get(k, k): getattr(asked, k) for k in names if k in asked})
     torch.manual_seed(asked.seed)
     model = build(kind, asked, particles)
-    device = asked.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = (
-        "batch_size",
-        "learning_rate",
-        "beta",
-        "warmup",
-        "seed",
-        "precision",
-        "compile",
-        "save_every_s",
-        "epochs",
-    )
-    run = fit_model(
-        model,
-        particles,
-        asked.out,
-        resume=asked.resume,
-        progress=quiet if asked.quiet else Bar(),
-        device=device,
-        **{k: getattr(asked, k) for k in settings if k in asked},
-    )
+    bar = quiet if asked.quiet else Bar()
+    run = fit_model(model, particles, asked.out, resume=asked.resume, progress=bar, **settings)
     last = f", loss {run.records[-1]['loss']:.4f} nats an image" if run.records else ""
     print(f"{len(particles)} images of {particles.box} px at {particles.apix:.3f} A{last}; the run is in {asked.out}")
 

@@ -1,11 +1,13 @@
 """Fixtures that all tests share."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from desk import BOX, COUNT, Desk
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +80,21 @@ def homogeneous_run(toy: Path, command: Command, tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("runs") / "homogeneous"
     assert command("fit", toy, "-o", out, "--threads", 1, "--device", "cpu", "--quiet") == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def small_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a case of 12 images of 16 px."""
+    from pyro_cryo.data.simulate import hinge, simulate
+
+    folder = tmp_path_factory.mktemp("small")
+    simulate(hinge(), folder, n_images=COUNT, box=BOX, snr=1.0, seed=0, defocus_angstrom=(2000.0, 3000.0))
+    return folder
+
+
+@pytest.fixture
+def desk(small_case: Path, toy: Path, cryodrgn_run: Path, homogeneous_run: Path, tmp_path: Path) -> Desk:
+    """Copies of the small case and of finished runs, to be spoilt."""
+    for source, name in ((small_case, "case"), (cryodrgn_run, "cryodrgn"), (homogeneous_run, "homogeneous")):
+        shutil.copytree(source, tmp_path / name)
+    return Desk(tmp_path, toy)

@@ -11,13 +11,14 @@ from torch import Tensor
 from pyro_cryo.analysis import plots
 from pyro_cryo.analysis.fsc import masked_fsc
 from pyro_cryo.analysis.latent import kmeans, pca
-from pyro_cryo.analysis.series import along_component, at_clusters, finishing, write_series
+from pyro_cryo.analysis.series import VOLUMES, along_component, at_clusters, finishing, write_series
 from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.reconstruct import Reconstruction
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_atomically
 
 MAPS = ("map", "sd", "half1", "half2", "mask")
+MOST = 100  # maps in one picture
 
 
 def write_reconstruction(folder: Path, found: Reconstruction, apix: float) -> None:
@@ -48,8 +49,8 @@ def half_map_curves(half1: Tensor, half2: Tensor, mask: Tensor) -> dict[str, Ten
 def analyze(run: Run, out: Path, clusters: int = 10, steps: int = 10, components: int = 2) -> list[Path]:
     """The pictures of a run, and maps at clusters and along components where it has z; the pictures' paths."""
     for name, value, least in (("clusters", clusters, 1), ("steps", steps, 1), ("components", components, 0)):
-        if value < least:
-            raise ValueError(f"{value} {name}; give at least {least}")
+        if not least <= value <= MOST:
+            raise ValueError(f"{value} {name}; give {least} to {MOST}, each is a map and a picture")
     if run.model.zdim == 0:
         return _analyze_map(run, out)
     return _analyze_latent(run, out, clusters, steps, components)
@@ -79,20 +80,24 @@ def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: 
     pictures.append(_save(plots.latent_density(z, found), out / "latent.png"))
     index, points = at_clusters(run, k)
     write_series(run, out / f"kmeans{k}", index, points, plain)
-    pictures.append(_picture(run, points, [f"cluster {i}" for i in range(k)], out / "kmeans.png", "maps at clusters"))
+    labels = [f"cluster {i}" for i in range(k)]
+    pictures.append(_picture(out / f"kmeans{k}", apix, labels, out / "kmeans.png", "maps at clusters"))
     parts = pca(z)
     for component in range(1, min(components, run.model.zdim) + 1):
         index, points = along_component(run, component, steps)
         write_series(run, out / f"pc{component}", index, points, plain)
         title = f"along component {component}, {100 * parts.explained[component - 1]:.0f}% of the variance of z"
-        pictures.append(_picture(run, points, [f"{i + 1}" for i in range(steps)], out / f"pc{component}.png", title))
+        labels = [f"{i + 1}" for i in range(steps)]
+        pictures.append(_picture(out / f"pc{component}", apix, labels, out / f"pc{component}.png", title))
     np.savetxt(out / "clusters.txt", np.column_stack([run.latent.index, found.label]), fmt="%d", header="image cluster")
     return pictures
 
 
-def _picture(run: Run, z: np.ndarray, labels: list[str], path: Path, title: str) -> Path:
-    maps = torch.stack([run.volume(point) for point in z])
-    return _save(plots.map_series(maps, run.particles.apix, labels, title), path)
+def _picture(series: Path, apix: float, labels: list[str], path: Path, title: str) -> Path:
+    """A picture of the maps that `write_series` wrote."""
+    with np.load(series / VOLUMES) as file:
+        maps = torch.from_numpy(file["volumes"])
+    return _save(plots.map_series(maps, apix, labels, title), path)
 
 
 def _save(figure: plots.Figure, path: Path) -> Path:

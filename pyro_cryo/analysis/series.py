@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_atomically
 
 VOLUMES = "volumes.npz"
+LEVEL_MAPS = 10  # so many maps of a series give its contour level
 
 
 def at_images(run: Run, index: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +45,9 @@ def from_file(path: Path, zdim: int) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a text file or .npy with {zdim} numbers a row")
     try:
-        z = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty file, which is an error below
+            z = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path} holds no table of numbers ({error}); give {zdim} numbers a row") from error
     z = z[:, None] if z.ndim == 1 and zdim == 1 else np.atleast_2d(z)
@@ -75,7 +79,9 @@ def write_series(
     """One .mrc a map, volumes.npz (index, z, volumes (n, D, D, D) z-y-x) and a ChimeraX script series.cxc."""
     apix = run.particles.apix
     points: list[np.ndarray | None] = [None] if z is None else list(z)
-    maps = torch.stack([finish(run.volume(point)) for point in points])
+    maps = torch.empty(len(points), *(run.model.box,) * 3)
+    for row, point in enumerate(points):
+        maps[row] = finish(run.volume(point))
     out.mkdir(parents=True, exist_ok=True)
     for earlier in out.glob("vol_[0-9]*.mrc"):  # of a longer series, which this one replaces
         earlier.unlink()
@@ -85,7 +91,7 @@ def write_series(
         write_map(path, volume, apix)
     table = np.zeros((1, 0)) if z is None else z
     write_atomically(out / VOLUMES, lambda path: _save(path, index, table, maps))
-    write_chimerax(out / "series.cxc", paths, contour_level(maps))
+    write_chimerax(out / "series.cxc", paths, contour_level(maps[:: -(-len(maps) // LEVEL_MAPS)]))
     return paths
 
 

@@ -73,6 +73,8 @@ def read_table(path: Path, datadir: Path | None, apix: float | None, ctf_given: 
     """Every row of a table, or every image of stacks."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; check the path")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file in it: {EXTENSIONS}")
     match path.suffix.lower():
         case ".star":
             table = _read_star(path, datadir, apix, ctf_given)

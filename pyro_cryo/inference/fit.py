@@ -74,6 +74,8 @@ class Settings:
         for name in ("epochs", "warmup", "beta", "save_every_s"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected 0 to 4294967295")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision {self.precision!r} is not known; expected float32 or bf16")
         _check_device(self.device)
