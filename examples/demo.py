@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pyro_cryo.models.cryodrgn import CryoDRGN
-from pyro_cryo.models.homogeneous import Homogeneous
 
 from pyro_cryo.analysis.latent import neighbour_r2
 from pyro_cryo.analysis.report import analyze
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.fit import fit
+from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.progress import Bar
 
 

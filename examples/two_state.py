@@ -8,11 +8,11 @@ import sys
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro_cryo.models.cryodrgn import CryoDRGN
 from torch import nn
 
 from pyro_cryo import Particles, fit
 from pyro_cryo.data.mrc_map import write_map
+from pyro_cryo.models.cryodrgn import CryoDRGN
 
 
 class TwoState(CryoDRGN):

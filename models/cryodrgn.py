@@ -49,6 +49,8 @@ class CryoDRGN(CryoModel):
         noise_groups: int = 1,
     ) -> None:
         super().__init__(box, noise_groups)
+        if zdim < 1 or width < 1 or layers < 0:
+            raise ValueError(f"zdim {zdim}, width {width}, layers {layers}; expected at least 1, 1 and 0")
         self.zdim, self.width, self.layers = zdim, width, layers
         self.consensus = VoxelGrid(box)
         self.volume = CoordinateMLP(box, zdim, width, layers, kmax=kmax)
@@ -89,7 +91,6 @@ class CryoDRGN(CryoModel):
             mask=chosen_mask(self.mask_choice, self.box),
             device=self.mask.device,
             generator=generator,
-            draws=1,
             progress=progress,
         )
         if self.kmax is None:

@@ -1,6 +1,6 @@
 """Cryo-EM reconstruction as probabilistic programming.
 
-    from pyro_cryo import CryoModel, Particles, Run, fit
+from pyro_cryo import CryoModel, Particles, Run, fit
 """
 
 from __future__ import annotations

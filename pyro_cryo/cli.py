@@ -18,8 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status: 0, 2 where the input was wrong, 130 where it was interrupted."""
     asked = build_parser().parse_args(arguments)
     warnings.showwarning = _show_warning
-    # Waiting threads sleep: those that spin make a command several times slower where another has one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait spin for microseconds, then sleep: GNU OpenMP's own milliseconds make a command several times
+    # slower where another process has one of the cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         asked.command(asked)
     except KeyboardInterrupt:
@@ -236,7 +237,7 @@ def volumes(asked: argparse.Namespace) -> None:
 
     _refuse_to_overwrite(asked.out / series.VOLUMES, asked.overwrite)
     run = Run.load(asked.run)
-    finish = series.finishing(run.particles.apix, asked.low_pass, asked.bfactor, asked.flip)
+    finish = series.finishing(run.apix, asked.low_pass, asked.bfactor, asked.flip)
     index: Any = np.array([-1])
     z = None
     if run.model.zdim:

@@ -50,11 +50,17 @@ RUNS: dict[str, tuple[Kind, str]] = {
         "does not fit CryoDRGN",
     ),
     "particles that have gone": (
-        lambda d: (moved(d.moving, path="/gone.star"), ("analyze", d.moving, "-o", d.out))[1],
+        lambda d: (
+            moved(d.moving, path="/gone.star"),
+            ("select", d.moving, "--cluster", 0, "-o", d.folder / "kept.star"),
+        )[1],
         "/gone.star does not exist",
     ),
     "particles that have changed": (
-        lambda d: (moved(d.moving, path=str(d.star)), ("analyze", d.moving, "-o", d.out))[1],
+        lambda d: (
+            moved(d.moving, path=str(d.star)),
+            ("select", d.moving, "--cluster", 0, "-o", d.folder / "kept.star"),
+        )[1],
         "the particles have changed since the fit",
     ),
     "image beyond": (lambda d: ("volumes", d.moving, "--index", 0, 600, "-o", d.out), "image 600 is not there"),

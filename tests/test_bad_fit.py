@@ -24,7 +24,7 @@ TABLES: dict[str, tuple[Kind, str]] = {
     "no tilt angle": (lambda d: d.fit(star=d.edit(without("rlnAngleTilt"))), "rlnAngleTilt"),
     "no poses": (
         lambda d: d.fit(star=d.edit(without("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"))),
-        "has no poses; give poses=",
+        "has no poses; give a cryoDRGN",
     ),
     "no stack": (lambda d: d.fit(star=d.edit(lambda t: t.assign(rlnImageName="1@gone.mrcs"))), "gone.mrcs"),
     "frame beyond the stack": (

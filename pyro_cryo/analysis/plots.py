@@ -97,7 +97,8 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
     for (name, curve), colour in zip(curves.items(), _cycle(len(curves)), strict=False):
         values = curve.double().cpu()
         s = np.arange(len(values)) / (2 * (len(values) - 1) * apix)
-        resolved = resolution_angstrom(values, apix, thresholds[0]) if thresholds else math.nan
+        signal = bool(thresholds) and name != "phase-randomised"  # which has a resolution of the mask only
+        resolved = resolution_angstrom(values, apix, thresholds[0]) if signal else math.nan
         label = f"{name} ({resolved:.3g} Å)" if math.isfinite(resolved) else name
         axes.plot(s, values, color=colour, lw=1.8, label=label)
     for threshold in thresholds:
@@ -109,7 +110,7 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
     axes.set(xlim=(0, nyquist), ylim=(-0.1, 1.05), xlabel="resolution (Å)", ylabel="Fourier shell correlation")
     ticks = _resolution_ticks(apix)
     axes.set_xticks([1 / t for t in ticks], [f"{t:.3g}" for t in ticks])
-    axes.legend(frameon=False, loc="best")
+    axes.legend(frameon=False, loc="lower left")
     return figure
 
 

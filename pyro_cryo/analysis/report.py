@@ -61,7 +61,7 @@ def _analyze_map(run: Run, out: Path) -> list[Path]:
     if run.folder is None or not (run.folder / "map.mrc").exists():
         raise ValueError(f"{run.folder} has no map.mrc yet; let the fit finish first (--resume)")
     out.mkdir(parents=True, exist_ok=True)
-    apix = run.particles.apix
+    apix = run.apix
     volume, sd, half1, half2, mask = (read_map(run.folder / f"{name}.mrc")[0] for name in MAPS)
     sections = plots.central_sections(volume, apix, sd, "posterior mean and standard deviation")
     curves = plots.fsc_curves(half_map_curves(half1, half2, mask), apix)
@@ -69,7 +69,7 @@ def _analyze_map(run: Run, out: Path) -> list[Path]:
 
 
 def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: int) -> list[Path]:
-    apix, z = run.particles.apix, run.latent.z
+    apix, z = run.apix, run.latent.z
     plain = finishing(apix, None, None, False)
     out.mkdir(parents=True, exist_ok=True)
     pictures = []

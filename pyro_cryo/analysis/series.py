@@ -77,7 +77,7 @@ def write_series(
     run: Run, out: Path, index: np.ndarray, z: np.ndarray | None, finish: Callable[[Tensor], Tensor]
 ) -> list[Path]:
     """One .mrc a map, volumes.npz (index, z, volumes (n, D, D, D) z-y-x) and a ChimeraX script series.cxc."""
-    apix = run.particles.apix
+    apix = run.apix
     points: list[np.ndarray | None] = [None] if z is None else list(z)
     maps = torch.empty(len(points), *(run.model.box,) * 3)
     for row, point in enumerate(points):

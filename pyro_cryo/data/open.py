@@ -57,7 +57,7 @@ def opened(
     for group in table.groups:
         if not 0 < group.apix < float("inf"):
             said = f"a pixel size of {group.apix:g} A" if group.apix else "no pixel size (or 0)"
-            raise ValueError(f"{path} has {said}; give apix=, angstrom a stored pixel")
+            raise ValueError(f"{path} has {said}; give its pixel size (apix), angstrom a stored pixel")
     if given_poses is not None:
         boxes = table.per_group([float(group.box) for group in table.groups])
         table = table.with_poses(given_poses[0][rows], given_poses[1][rows] * boxes[:, None])

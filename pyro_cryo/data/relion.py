@@ -123,7 +123,7 @@ def _pixel_size(table: pd.DataFrame, path: Path) -> np.ndarray:
     if "rlnDetectorPixelSize" in table and "rlnMagnification" in table:
         magnification = numbers(table, "rlnMagnification", path)
         if (magnification <= 0).any():
-            raise ValueError(f"{path}: rlnMagnification has a value of {magnification.min():g}; mend it or give apix=")
+            raise ValueError(f"{path}: rlnMagnification has a value of {magnification.min():g}; mend it or give apix")
         return 1e4 * numbers(table, "rlnDetectorPixelSize", path) / magnification
     return np.zeros(len(table))
 
@@ -164,7 +164,7 @@ def _shift(rows: pd.DataFrame, apix: np.ndarray, path: Path) -> Tensor:
             angstrom = numbers(rows, f"{name}Angst", path)
             if angstrom.any() and (apix == 0).any():
                 raise ValueError(
-                    f"{path} has origins in angstrom but no pixel size; add rlnImagePixelSize or give apix="
+                    f"{path} has origins in angstrom but no pixel size; add rlnImagePixelSize or give apix"
                 )
             origin[:, axis] = angstrom / np.where(apix == 0, 1, apix)
         elif name in rows:

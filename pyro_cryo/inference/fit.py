@@ -107,6 +107,10 @@ def fit(
             f"a model of {len(model.log_sigma)} noise groups for particles of {particles.n_noise_groups}; build it "
             "with noise_groups=particles.n_noise_groups"
         )
+    if model.epochs == 0 and chosen.epochs:
+        raise ValueError(
+            f"epochs is {chosen.epochs}, but {type(model).__name__} is solved, not descended; leave it out"
+        )
     run = Run(model.to(chosen.device), particles, folder)
     pyro.settings.set(validate_distributions_pyro=False, validate_poutine=False)
     torch.distributions.Distribution.set_default_validate_args(False)

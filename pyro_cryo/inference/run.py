@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ class Run:
     """A model fitted to particles.
 
     model, guide: the modules, on the device of the fit
+    source:       the particles, or what opens them when they are first asked for
     folder:       where it is kept; None for a fit in memory
     records:      one a pass: epoch, step, loss (minus the ELBO, nats an image), images_per_second, seconds
     """
 
     model: CryoModel
-    particles: Particles
+    source: Particles | Callable[[], Particles]
     folder: Path | None = None
     guide: nn.Module | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -52,15 +54,15 @@ class Run:
     ) -> Run:
         """The run in a folder, also while it is going on or after it was stopped.
 
+        Its particles are opened when they are needed: maps at given z do without.
+
         model:     one built as the run's, for a class that run.json cannot find (one typed in a session, say)
         particles: the run's own, in place of opening them again
         """
         folder = Path(folder)
         record = read_record(folder)
         state = load_checkpoint(folder, device)
-        if particles is None:
-            particles = open_again(record, folder)
-        elif particles.fingerprint() != record["particles"]["fingerprint"]:
+        if particles is not None and particles.fingerprint() != record["particles"]["fingerprint"]:
             raise ValueError(f"{folder} is a fit of other particles; give the ones it was fitted to")
         model = (build_model(record) if model is None else model).to(device)
         try:
@@ -73,7 +75,20 @@ class Run:
                 f"the checkpoint of {folder} does not fit {type(model).__name__} as it is now ({reason}); "
                 "build the model as it was fitted"
             ) from error
-        return Run(model, particles, folder, guide, read_log(folder))
+        source = particles if particles is not None else partial(open_again, record, folder)
+        return Run(model, source, folder, guide, read_log(folder))
+
+    @cached_property
+    def particles(self) -> Particles:
+        """What the model was fitted to."""
+        return self.source if isinstance(self.source, Particles) else self.source()
+
+    @cached_property
+    def apix(self) -> float:
+        """Angstrom a voxel of the maps."""
+        if isinstance(self.source, Particles) or self.folder is None:
+            return self.particles.apix
+        return float(read_record(self.folder)["apix"])
 
     @property
     def device(self) -> torch.device:
@@ -95,9 +110,9 @@ class Run:
             raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
         if particles.box != self.model.box:
             raise ValueError(f"particles of {particles.box} px, the run has {self.model.box}; open with that box")
-        if abs(particles.apix - self.particles.apix) > 1e-3 * self.particles.apix:
+        if abs(particles.apix - self.apix) > 1e-3 * self.apix:
             raise ValueError(
-                f"particles of {particles.apix:.4g} A a pixel, the run has {self.particles.apix:.4g}; crop them so "
+                f"particles of {particles.apix:.4g} A a pixel, the run has {self.apix:.4g}; crop them so "
                 "that their field of view is the same"
             )
         if particles.n_noise_groups > len(self.model.log_sigma):

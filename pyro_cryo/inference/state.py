@@ -85,6 +85,7 @@ def write_record(folder: Path, model: CryoModel, particles: Particles, settings:
         "model": model_reference(model),
         "arguments": json_arguments(model),
         "particles": {**particles.opened_with, "count": len(particles), "fingerprint": particles.fingerprint()},
+        "apix": particles.apix,
         "settings": settings,
         "versions": {
             "pyro_cryo": pyro_cryo.__version__,

@@ -131,21 +131,18 @@ def point_group(name: str) -> Tensor:
     match = re.fullmatch(r"([CD])(\d+)|([TOI])", name.upper())
     if match is None or (match.group(2) is not None and int(match.group(2)) < 1):
         raise ValueError(f"symmetry {name!r} is not a point group; expected C1, C4, D7, T, O or I")
+    if match.group(3) is None:
+        n = int(match.group(2))
+        turn = 2 * math.pi / n * torch.arange(n, dtype=torch.float64)
+        group = exp(torch.stack([torch.zeros_like(turn), torch.zeros_like(turn), turn], -1))
+        if match.group(1) == "D":
+            group = torch.cat([group, group @ torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))])
+        return group.float()
     from scipy.spatial.transform import Rotation
 
-    axis = "X" if name.upper() == "C1" else "Z"
-    group = Rotation.create_group(name.upper(), axis=axis).as_matrix()  # type: ignore[arg-type]
-    order = np.argsort(-np.trace(group, axis1=1, axis2=2), kind="stable")
-    matrices = group[order]
-    if len(matrices) != _order(match):
-        raise AssertionError(f"{name}: {len(matrices)} rotations")
-    return torch.from_numpy(matrices).float()
-
-
-def _order(match: re.Match[str]) -> int:
-    if match.group(3):
-        return {"T": 12, "O": 24, "I": 60}[match.group(3)]
-    return int(match.group(2)) * (2 if match.group(1) == "D" else 1)
+    polyhedral = Rotation.create_group(name.upper()).as_matrix()  # type: ignore[arg-type]
+    order = np.argsort(-np.trace(polyhedral, axis1=1, axis2=2), kind="stable")
+    return torch.from_numpy(polyhedral[order]).float()
 
 
 def orthogonality_error(rotation: Tensor) -> float:

@@ -9,7 +9,9 @@ exact draws: solve for a right-hand side with the covariance H.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,8 +74,11 @@ class NormalEquations:
         taper = soft_disc(2 * side, 0.6 * side, 0.4 * side, dims=3, device=kernel.device)
         spectrum = nonnegative(torch.fft.rfftn(kernel * torch.fft.ifftshift(taper)).real)
         rhs = fourier_grid_adjoint(self.value, self.box)
-        unit = torch.ones(self.box // 2 + 1, device=rhs.device)
-        result = VoxelPosterior(self.box, crop, rhs[crop].contiguous(), spectrum, scale[crop].contiguous(), unit, order)
+        seen = shell_mean(spectrum, self.box // 2 + 1, self.box / (2 * side))
+        unit = torch.ones_like(seen)
+        result = VoxelPosterior(
+            self.box, crop, rhs[crop].contiguous(), spectrum, seen, scale[crop].contiguous(), unit, order
+        )
         return result.with_tau(first_tau(result) if tau is None else tau)
 
 
@@ -87,7 +92,8 @@ def noise_sd(batch: Batch, sigma: Tensor) -> Tensor:
 class VoxelPosterior:
     """Gaussian posterior of e, V = scale * T e, on the cube of `crop`, b voxels a side, where scale is not zero.
 
-    rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel; scale (b, b, b); tau (L,).
+    rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel and seen (L,) its mean over
+    each shell; scale (b, b, b); tau (L,).
     order: of the map's point group, 1 without: only 1 / order of the coefficients of a symmetric map are free, and
     tau is their standard deviation.
     """
@@ -96,6 +102,7 @@ class VoxelPosterior:
     crop: tuple[slice, slice, slice]
     rhs: Tensor
     spectrum: Tensor
+    seen: Tensor
     scale: Tensor
     tau: Tensor
     order: int = 1
@@ -106,22 +113,17 @@ class VoxelPosterior:
 
     def information(self) -> Tensor:
         """What the images say about a coefficient of u, averaged over each shell: (L,), in the units of 1 / tau^2."""
-        return self._seen() * self.scale.square().mean()
+        return self.seen * self.scale.square().mean()
 
     def determined(self) -> Tensor:
         """The share of the coefficients of each shell that the images determine, not the prior: (L,), 0 to 1.
 
         A coefficient near r has the precision seen * scale(r)^2 + 1 / tau^2: where scale is small, nothing is seen.
         """
-        strength = (self._seen() * self.tau.square()).clamp_min(0)[:, None]
+        strength = (self.seen * self.tau.square()).clamp_min(0)[:, None]
         step = max(1, len(self.scale) // 32)  # scale is smooth: a part of its voxels tells
         square = self.scale[::step, ::step, ::step].square().flatten()
         return torch.stack([(s * square / (1 + s * square)).mean() for s in strength])
-
-    def _seen(self) -> Tensor:
-        """Mean of the spectrum of A^H W A over each shell: (L,)."""
-        radius = half_radius(2 * len(self.scale)) * (self.box / 2 / len(self.scale))
-        return shell_mean(self.spectrum, radius, len(self.tau))
 
     def mean(self, tolerance: float = 1e-3, start: Tensor | None = None) -> Tensor:
         """Posterior mean of e (b, b, b)."""
@@ -160,7 +162,9 @@ class VoxelPosterior:
         """Conjugate gradients on H e = rhs, each of the batch on its own, preconditioned shell by shell."""
         b = len(self.scale)
         tau = shell_values(self.tau, b)
-        weak = shell_values(1 / (1 + self.information() * self.tau.square()), b)
+        square = self.scale.square()
+        typical = square.square().mean() / square.mean()  # of scale^2, where there is density
+        weak = shell_values(1 / (1 + typical * self.seen * self.tau.square()), b)
 
         def operator(e: Tensor) -> Tensor:
             score = convolve(self.spectrum, self.scale * multiply_spectrum(e, tau))
@@ -227,30 +231,35 @@ def nonnegative(spectrum: Tensor) -> Tensor:
 
     Clamping alone would add to what the images say, most where they say little.
     """
-    radius = half_radius(spectrum.shape[0], spectrum.device)
-    shells = int(radius.max().round()) + 1
+    n = spectrum.shape[0]
+    shells = math.ceil(3**0.5 * n / 2) + 1
     clamped = spectrum.clamp_min(0)
-    share = shell_mean(spectrum, radius, shells).clamp_min(0) / shell_mean(clamped, radius, shells).clamp_min(1e-30)
-    return clamped * share[radius.round().long()]
+    share = shell_mean(spectrum, shells).clamp_min(0) / shell_mean(clamped, shells).clamp_min(1e-30)
+    return clamped * share[_shell_layout(n, shells, 1.0, str(spectrum.device))[0]].reshape(spectrum.shape)
 
 
-def shell_mean(values: Tensor, shell_radius: Tensor, shells: int) -> Tensor:
-    """Mean over shells of values on an rfftn layout: (L,); what stands for its mirror too counts twice."""
-    shell = shell_radius.to(values.device).round().long()
-    twice = torch.full_like(values, 2.0)
-    twice[..., 0] = twice[..., -1] = 1.0
-    keep = shell < shells
-    total = torch.zeros(shells, device=values.device).index_add_(0, shell[keep], (values * twice)[keep])
-    count = torch.zeros(shells, device=values.device).index_add_(0, shell[keep], twice[keep])
-    return total / count.clamp_min(1)
+def shell_mean(values: Tensor, shells: int, scale: float = 1.0) -> Tensor:
+    """Mean over shells round(scale |k|) of values on an rfftn layout: (L,); what stands for two counts twice."""
+    index, twice, count = _shell_layout(values.shape[-3], shells, scale, str(values.device))
+    total = torch.zeros(shells + 1, device=values.device).index_add_(0, index, (values * twice).flatten())
+    return total[:shells] / count
+
+
+@lru_cache(maxsize=8)
+def _shell_layout(n: int, shells: int, scale: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Shell of every stored coefficient of an n cube (those beyond go to one more), how often each counts, how many."""
+    index = (half_radius(n, device) * scale).round().long().clamp_max(shells).flatten()
+    twice = torch.full((n // 2 + 1,), 2.0, device=device)
+    twice[0] = twice[-1] = 1.0
+    count = torch.zeros(shells + 1, device=device).index_add_(0, index, twice.expand(n, n, -1).flatten())
+    return index, twice, count[:shells].clamp_min(1)
 
 
 def shell_power(volume: Tensor, shells: int) -> Tensor:
     """Mean squared coefficient of maps (*batch, b, b, b), unitary, by shell of a box of 2 (shells - 1): (L,)."""
-    b = volume.shape[-1]
     spectrum = torch.fft.rfftn(volume, dim=(-3, -2, -1), norm="ortho").abs().square()
     spectrum = spectrum.reshape(-1, *spectrum.shape[-3:]).mean(0)
-    return shell_mean(spectrum, half_radius(b) * (2 * (shells - 1) / b), shells)
+    return shell_mean(spectrum, shells, 2 * (shells - 1) / volume.shape[-1])
 
 
 def _bounding_cube(scale: Tensor) -> tuple[slice, slice, slice]:

@@ -9,8 +9,6 @@ import pytest
 import torch
 from matplotlib.image import imread
 from numpy.testing import assert_array_equal
-from pyro_cryo.models.cryodrgn import CryoDRGN
-from pyro_cryo.models.homogeneous import Homogeneous
 
 from pyro_cryo.analysis.latent import kmeans
 from pyro_cryo.analysis.report import analyze, half_map_curves
@@ -18,6 +16,8 @@ from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
+from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.models.homogeneous import Homogeneous
 
 
 def shows_something(path: Path) -> bool:

@@ -61,9 +61,9 @@ OPTICS = {
         lambda t: t.assign(rlnAmplitudeContrast=10.0),
         "amplitude contrast of 10; expected a fraction",
     ),
-    "no pixel size": (without("rlnImagePixelSize"), "no pixel size; .*give apix="),
+    "no pixel size": (without("rlnImagePixelSize"), "no pixel size; .*give apix"),
     "zero pixel size": (lambda t: t.assign(rlnImagePixelSize=0.0), "no pixel size"),
-    "negative pixel size": (lambda t: t.assign(rlnImagePixelSize=-1.0), "pixel size of -1 A; give apix="),
+    "negative pixel size": (lambda t: t.assign(rlnImagePixelSize=-1.0), "pixel size of -1 A; give its pixel size"),
     "another box": (lambda t: t.assign(rlnImageSize=32), "says 32 pixels .* its images have 16; mend rlnImageSize"),
 }
 

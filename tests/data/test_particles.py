@@ -239,7 +239,7 @@ def test_errors_of_the_reading_thread_arrive_and_the_thread_ends(case, stack_wri
 def test_without_poses_a_batch_says_so(case) -> None:
     particles = Particles.open(case.star(lambda t: t.drop(columns=["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"])))
     assert not particles.has_poses
-    with pytest.raises(ValueError, match=r"particles\.star has no poses; give poses="):
+    with pytest.raises(ValueError, match=r"particles\.star has no poses; give a cryoDRGN"):
         particles.batch([0])
     given = particles.with_poses(random_rotations(6), torch.ones(6, 2))
     torch.testing.assert_close(given.batch(slice(None)).translation, torch.ones(6, 2))

@@ -9,12 +9,12 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import Trace_ELBO
-from pyro_cryo.models.cryodrgn import CryoDRGN
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.model import form_image
+from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.physics.fourier import HalfPlane, radius
 from pyro_cryo.physics.rotations import exp, random_rotations
 from pyro_cryo.physics.slices import slice_coordinates

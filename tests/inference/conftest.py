@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pyro_cryo.models.cryodrgn import CryoDRGN
 from torch import Tensor, nn
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.models.cryodrgn import CryoDRGN
 
 
 @pytest.fixture

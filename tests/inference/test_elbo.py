@@ -4,12 +4,12 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
-from pyro_cryo.models.cryodrgn import CryoDRGN
 from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.model import CryoModel
+from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.physics.fourier import HalfPlane
 from pyro_cryo.physics.rotations import random_rotations
 from pyro_cryo.volumes.grid import VoxelGrid

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pyro_cryo.models.cryodrgn import CryoDRGN
-from pyro_cryo.models.homogeneous import Homogeneous
 from torch import Tensor
 
 from pyro_cryo.analysis.latent import neighbour_r2
@@ -17,6 +15,8 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference import fit as fit_module
 from pyro_cryo.inference.fit import Settings, fit
 from pyro_cryo.inference.run import Run
+from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.progress import Progress
 
 

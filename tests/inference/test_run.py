@@ -11,13 +11,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
-from pyro_cryo.models.cryodrgn import CryoDRGN
-from pyro_cryo.models.homogeneous import Homogeneous
 from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
+from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.models.homogeneous import Homogeneous
 
 
 def test_a_loaded_run_answers_as_the_fitted_one(particles, small_model, tmp_path: Path) -> None:
@@ -121,8 +121,11 @@ def test_particles_that_moved_or_changed(toy: Path, particles, small_model, tmp_
     star = tmp_path / "case" / "particles.star"
     fit(small_model(), Particles.open(star, box=16, first=80), tmp_path / "run", epochs=1)
     (tmp_path / "case").rename(tmp_path / "elsewhere")
+    run = Run.load(tmp_path / "run")
+    assert run.volume(run.latent.z[:1]).shape == (1, 16, 16, 16)  # maps do without the images
+    assert run.apix > 0
     with pytest.raises(FileNotFoundError, match=r"case/particles\.star does not exist"):
-        Run.load(tmp_path / "run")
+        _ = run.particles
     moved = Particles.open(tmp_path / "elsewhere" / "particles.star", box=16, first=80)
     assert Run.load(tmp_path / "run", particles=moved).latent.z.shape == (80, 2)
     with pytest.raises(ValueError, match="is a fit of other particles"):
@@ -132,11 +135,11 @@ def test_particles_that_moved_or_changed(toy: Path, particles, small_model, tmp_
     first, second = (line for line in text.splitlines() if line.startswith(("000001@", "000002@")))
     star.write_text(text.replace(first, "?").replace(second, first).replace("?", second))
     with pytest.raises(ValueError, match="the particles have changed since the fit"):
-        Run.load(tmp_path / "run")
+        _ = Run.load(tmp_path / "run").particles
 
 
 def test_particles_picked_in_python_must_be_given(particles, small_model, tmp_path: Path) -> None:
     fit(small_model(), particles[::2], tmp_path / "run", epochs=1)
     with pytest.raises(ValueError, match=r"the particles have changed .*Run\.load\(\.\.\., particles=\)"):
-        Run.load(tmp_path / "run")
+        _ = Run.load(tmp_path / "run").particles
     assert Run.load(tmp_path / "run", particles=particles[::2]).latent.z.shape == (40, 2)

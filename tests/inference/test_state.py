@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pyro_cryo.models.cryodrgn import CryoDRGN
-from pyro_cryo.models.homogeneous import Homogeneous
 
 from pyro_cryo.inference.state import (
     append_log,
@@ -25,6 +23,8 @@ from pyro_cryo.inference.state import (
     write_log,
     write_record,
 )
+from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.recipes import recipes
 
 TWO_MODELS = """

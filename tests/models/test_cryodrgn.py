@@ -6,13 +6,13 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from pyro_cryo.models.cryodrgn import CryoDRGN, band_limit
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.elbo import ReparameterisedELBO
+from pyro_cryo.models.cryodrgn import CryoDRGN, band_limit
 from pyro_cryo.physics.fourier import image_to_half_plane, shift_phase
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import slice_coordinates

@@ -8,12 +8,12 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro_cryo.models.homogeneous import Homogeneous
 
 from pyro_cryo.analysis.fsc import fsc
 from pyro_cryo.data.mrc_map import write_map
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
+from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.physics.fourier import radius
 
 BOX = 24
