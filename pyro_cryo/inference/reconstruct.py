@@ -1,7 +1,7 @@
 """One map from particles with known poses: noise, prior, mask and map, all by solving linear systems.
 
-1. the noise of every noise group and shell: from a sample of images, what is left after a first map
-2. one pass over all images accumulates the normal equations of two half sets
+1. one pass over all images accumulates the normal equations of two half sets
+2. the noise of every noise group and shell: what a first map leaves of a sample of images
 3. the prior's variance of every shell by empirical Bayes (MacKay's fixed point) and the solvent mask
 4. conjugate gradients for the posterior mean of the map and of both half-maps, perturb-and-solve for its sd
 """
@@ -75,10 +75,37 @@ def reconstruct(
     generator = generator or torch.Generator().manual_seed(0)
     symmetry = torch.eye(3)[None] if symmetry is None else symmetry
     symmetry = symmetry.to(device)
-    half_set = half_sets(particles, generator)
-    sigma = learn_noise(particles, symmetry, generator, batch_size, device)
-    halves = add_up(particles, half_set, sigma, symmetry, batch_size, device, progress)
+    halves, sigma = weighed(particles, symmetry, generator, batch_size, device, progress)
     return _solve(halves, sigma, len(symmetry), mask, draws, generator)
+
+
+Halves = tuple[NormalEquations, NormalEquations]
+
+
+def weighed(
+    particles: Particles,
+    symmetry: Tensor,
+    generator: torch.Generator,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Progress = quiet,
+) -> tuple[Halves, Tensor]:
+    """The normal equations of two half sets, and the noise sd (G, L) that weighs their images.
+
+    With one noise group a pass can be weighed afterwards, so the noise is learned from the pass's own map; with several
+    it is learned first, from a map of a sample.
+    """
+    half_set = half_sets(particles, generator)
+    sample = particles[sample_rows(particles, generator)]
+    power = image_power(sample, batch_size, device)
+    if particles.n_noise_groups == 1:
+        first, second = add_up(particles, half_set, power, symmetry, batch_size, device, progress)
+        sigma = residual_noise(sample, first + second, len(symmetry), batch_size, device)
+        factor = (power / sigma)[0].square()
+        return (first.reweighted(factor), second.reweighted(factor)), sigma
+    drawn = add_up(sample, half_sets(sample, generator), power, symmetry, batch_size, device)
+    sigma = residual_noise(sample, drawn[0] + drawn[1], len(symmetry), batch_size, device)
+    return add_up(particles, half_set, sigma, symmetry, batch_size, device, progress), sigma
 
 
 def add_up(
@@ -89,7 +116,7 @@ def add_up(
     batch_size: int,
     device: torch.device | str,
     progress: Progress = quiet,
-) -> tuple[NormalEquations, NormalEquations]:
+) -> Halves:
     """One pass: the normal equations of each half set (N,), 1 or 2."""
     halves = (NormalEquations.empty(particles.box, device), NormalEquations.empty(particles.box, device))
     batches = particles.batches(batch_size, device=device)
@@ -105,7 +132,7 @@ def add_up(
 
 
 def _solve(
-    halves: tuple[NormalEquations, NormalEquations],
+    halves: Halves,
     sigma: Tensor,
     order: int,
     mask: Tensor | str | None,
@@ -161,25 +188,21 @@ def half_sets(particles: Particles, generator: torch.Generator) -> Tensor:
     return torch.where(given > 0, given, drawn[particles.particle])
 
 
-def learn_noise(
-    particles: Particles, symmetry: Tensor, generator: torch.Generator, batch_size: int, device: torch.device | str
+def residual_noise(
+    sample: Particles, equations: NormalEquations, order: int, batch_size: int, device: torch.device | str
 ) -> Tensor:
-    """Noise sd by noise group and shell, (G, L), from what a first map leaves of a sample of images.
+    """Noise sd by noise group and shell, (G, L), from what the map of `equations` leaves of a sample of images.
 
     The posterior variance of the map is added to the squared residuals, without which they would be too small by
-    what the map fitted of the noise.
+    what the map fitted of the noise. order is that of the point group.
     """
-    rows = sample_rows(particles, generator)
-    sample = particles[rows]
-    sigma = image_power(sample, batch_size, device)
-    first, second = add_up(sample, 1 + torch.arange(len(sample)) % 2, sigma, symmetry, batch_size, device)
-    everywhere = torch.ones((particles.box,) * 3, device=device)
-    posterior = (first + second).posterior(everywhere, order=len(symmetry))
+    everywhere = torch.ones((sample.box,) * 3, device=device)
+    posterior = equations.posterior(everywhere, order=order)
     grid = fourier_grid(posterior.to_map(posterior.mean(1e-2)))
     # variance of a slice's coefficient: D times the posterior variance of a voxel's worth of that shell
-    variance = particles.box / (posterior.information() + posterior.tau.square().reciprocal()) / len(symmetry)
-    total = torch.zeros_like(sigma)
-    count = torch.zeros_like(sigma)
+    variance = sample.box / (posterior.information() + posterior.tau.square().reciprocal()) / order
+    total = torch.zeros(sample.n_noise_groups, sample.half.shells, device=device)
+    count = torch.zeros_like(total)
     for batch in sample.batches(batch_size, device=device):
         residual = torch.view_as_complex(batch.image) - signal(batch, grid)
         square = residual.abs().square() + batch.ctf.square() * variance[batch.half.shell]

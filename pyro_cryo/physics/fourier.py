@@ -126,9 +126,11 @@ def fourier_to_volume(spectrum: Tensor) -> Tensor:
 
 def radius(box: int, dims: int, device: torch.device | str = "cpu") -> Tensor:
     """Distance from the centre pixel, in pixels: (D, D) or (D, D, D)."""
-    c = torch.arange(box, device=device, dtype=torch.float32) - box // 2
-    grids = torch.meshgrid(*[c] * dims, indexing="ij")
-    return torch.stack(grids).square().sum(0).sqrt()
+    square = (torch.arange(box, device=device, dtype=torch.float32) - box // 2).square()
+    total = square
+    for _ in range(dims - 1):
+        total = total[..., None] + square
+    return total.sqrt()
 
 
 def half_radius(box: int, device: torch.device | str = "cpu") -> Tensor:

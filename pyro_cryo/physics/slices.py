@@ -125,6 +125,8 @@ def toeplitz_kernel(weight: Tensor, box: int) -> Tensor:
 
 def crop_kernel(kernel: Tensor, box: int) -> Tensor:
     """The lags that a cube of `box` voxels needs: (n, n, n) -> (2 box, 2 box, 2 box)."""
+    if len(kernel) == 2 * box:
+        return kernel
     return torch.fft.ifftshift(_centre_crop(torch.fft.fftshift(kernel), 2 * box))
 
 

@@ -62,6 +62,11 @@ class NormalEquations:
     def __add__(self, other: NormalEquations) -> NormalEquations:
         return NormalEquations(self.box, self.value + other.value, self.weight + other.weight)
 
+    def reweighted(self, factor: Tensor) -> NormalEquations:
+        """The same images, each shell weighing `factor` (L,) times as much: another sigma of all of them."""
+        table = shell_values(factor, self.weight.shape[0])
+        return NormalEquations(self.box, self.value * table, self.weight * table)
+
     def posterior(self, scale: Tensor, tau: Tensor | None = None, order: int = 1) -> VoxelPosterior:
         """The posterior under V = scale * u, scale (D, D, D), u ~ ShellNormal(tau); tau defaults to `first_tau`.
 

@@ -18,10 +18,10 @@ from pyro_cryo.inference.reconstruct import (
     Reconstruction,
     half_sets,
     image_power,
-    learn_noise,
     noise_floor,
     reconstruct,
     sample_rows,
+    weighed,
 )
 from pyro_cryo.physics.fourier import half_radius
 from pyro_cryo.physics.rotations import point_group
@@ -81,7 +81,7 @@ def test_the_noise_alone_is_less_than_the_power_of_the_images(star: Path) -> Non
     particles = Particles.open(star)
     power = image_power(particles, 200, "cpu")[0]
     assert float((power / planted_sigma(star))[1:5].min()) > 1.05
-    learned = learn_noise(particles, torch.eye(3)[None], seeded(), 100, "cpu")[0]
+    learned = weighed(particles, torch.eye(3)[None], seeded(), 100, "cpu")[1][0]
     assert float((power / learned)[1:5].min()) > 1.05
 
 
@@ -217,8 +217,8 @@ def test_optics_groups_have_noise_of_their_own(tmp_path: Path) -> None:
     particles = Particles.open(merged(tmp_path, first, second))
     assert particles.n_noise_groups == 2
     # both stacks were scaled to a variance of 1: the same molecule has another contrast in each, so look at the noise
-    found = learn_noise(particles, torch.eye(3)[None], seeded(), 200, "cpu")
-    alone = learn_noise(Particles.open(second), torch.eye(3)[None], seeded(), 200, "cpu")[0]
+    found = weighed(particles, torch.eye(3)[None], seeded(), 200, "cpu")[1]
+    alone = weighed(Particles.open(second), torch.eye(3)[None], seeded(), 200, "cpu")[1][0]
     high = slice(BOX // 4, -1)  # where there is next to no signal
     torch.testing.assert_close((found[0] / planted_sigma(first))[high], torch.ones(8), rtol=0, atol=0.02)
     torch.testing.assert_close((found[1] / planted_sigma(second, flat))[high], torch.ones(8), rtol=0, atol=0.02)
