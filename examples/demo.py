@@ -22,6 +22,8 @@ from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.progress import Bar
 
+MARK = ".pyro_cryo_demo"  # in a folder that a rerun may replace
+
 
 def main() -> None:
     """Run the demonstration."""
@@ -32,8 +34,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     asked = parser.parse_args()
     started = time.monotonic()
-    if (asked.out / "case").exists():
+    if asked.out.exists() and any(asked.out.iterdir()):
+        if not (asked.out / MARK).exists():
+            parser.error(f"{asked.out} is not empty and no earlier demonstration; give another folder")
         shutil.rmtree(asked.out)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    (asked.out / MARK).touch()
 
     star = simulate(hinge(), asked.out / "case", n_images=asked.images, box=asked.box, snr=0.1, seed=0)
     particles = Particles.open(star)

@@ -18,8 +18,8 @@ from pyro_cryo.models.cryodrgn import CryoDRGN
 class TwoState(CryoDRGN):
     """z ~ sum_k w_k Normal(mu_k, I): an open and a closed state."""
 
-    def __init__(self, box: int, zdim: int = 2) -> None:
-        super().__init__(box, zdim, width=64)
+    def __init__(self, box: int, zdim: int = 2, noise_groups: int = 1) -> None:
+        super().__init__(box, zdim, width=64, noise_groups=noise_groups)
         self.log_weight = nn.Parameter(torch.zeros(2))
         self.centre = nn.Parameter(torch.tensor([[-2.0], [2.0]]) * torch.eye(1, zdim))
 
@@ -31,7 +31,8 @@ class TwoState(CryoDRGN):
 if __name__ == "__main__":
     star, out, *epochs = sys.argv[1:]
     particles = Particles.open(star)
-    run = fit(TwoState(particles.box), particles, out, epochs=int(epochs[0]) if epochs else 10, learning_rate=2e-3)
+    model = TwoState(particles.box, noise_groups=particles.n_noise_groups)
+    run = fit(model, particles, out, epochs=int(epochs[0]) if epochs else 10, learning_rate=2e-3)
     weight, centre = run.model.log_weight.detach().softmax(0), run.model.centre.detach()
     state = torch.cdist(torch.from_numpy(run.latent.z), centre).argmin(1)
     for k, volume in enumerate(run.volume(centre)):

@@ -55,8 +55,18 @@ class CryoDRGN(CryoModel):
         self.consensus = VoxelGrid(box)
         self.volume = CoordinateMLP(box, zdim, width, layers, kmax=kmax)
         self.kmax, self.mask_choice = kmax, mask
+        self.least_scale = (
+            1.0  # of the images' coordinates: kmax is the model's, and a wider field of view has more below it
+        )
         self.register_buffer("symmetry", point_group(symmetry), persistent=False)
         self.register_buffer("mask", torch.ones(box, box, box))
+
+    def get_extra_state(self) -> dict[str, float]:
+        """What the data set beside the buffers."""
+        return {"least_scale": self.least_scale}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.least_scale = state["least_scale"]
 
     def latent(self) -> Tensor:
         return pyro.sample("z", dist.Normal(self.log_sigma.new_zeros(self.zdim), 1.0).to_event(1))
@@ -68,7 +78,7 @@ class CryoDRGN(CryoModel):
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
         points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)
-        count = HalfPlane.of(self.box, points.device).count(self.volume.kmax)
+        count = HalfPlane.of(self.box, points.device).count(self.volume.kmax / self.least_scale)
         moving = density(points[..., :count, :], z)
         still = self.consensus(points)
         slices = torch.cat([still[..., :count, :] + moving, still[..., count:, :]], -2)
@@ -93,6 +103,7 @@ class CryoDRGN(CryoModel):
             generator=generator,
             progress=progress,
         )
+        self.least_scale = float(particles.freq_scale.min())
         if self.kmax is None:
             self.volume.kmax = band_limit(start.signal_to_noise)
         self.consensus.set(start.volume)

@@ -55,6 +55,12 @@ class Homogeneous(CryoModel):
         return VolumeGuide(self)
 
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
+        for hook in ("density", "latent", "pose", "signal", "noise"):
+            if getattr(type(self), hook) is not getattr(Homogeneous, hook):
+                raise ValueError(
+                    f"{type(self).__name__} overrides {hook}, but Homogeneous is solved for known poses and Gaussian "
+                    "noise; derive from CryoDRGN or CryoModel"
+                )
         found = reconstruct(
             particles,
             symmetry=self.symmetry,

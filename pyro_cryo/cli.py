@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         asked.command(asked)
     except KeyboardInterrupt:
-        print("pyro-cryo: stopped; `fit` goes on with --resume", file=sys.stderr)
+        print(f"pyro-cryo: stopped{'; --resume goes on' if asked.command is fit else ''}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         if asked.debug:
@@ -160,9 +160,7 @@ def fit(asked: argparse.Namespace) -> None:
         torch.set_num_threads(asked.threads)
     own = ("batch_size", "learning_rate", "beta", "warmup", "seed", "precision", "compile", "save_every_s", "epochs")
     settings = {name: getattr(asked, name) for name in own if name in asked}
-    settings["device"] = asked.device
-    if asked.device == "auto":
-        settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    settings["device"] = _device(asked.device)
     Settings(**settings)  # what is wrong with them is said before the particles are read
     kind = load_class(asked.model)
     renamed = {"poses_pkl": "poses", "ctf_pkl": "ctf"}
@@ -172,7 +170,7 @@ def fit(asked: argparse.Namespace) -> None:
     model = build(kind, asked, particles)
     bar = quiet if asked.quiet else Bar()
     run = fit_model(model, particles, asked.out, resume=asked.resume, progress=bar, **settings)
-    last = f", loss {run.records[-1]['loss']:.4f} nats an image" if run.records else ""
+    last = f", loss {run.records[-1]['loss']:.4f} nats an image" if "loss" in run.records[-1] else ""
     print(f"{len(particles)} images of {particles.box} px at {particles.apix:.3f} A{last}; the run is in {asked.out}")
 
 
@@ -225,7 +223,8 @@ def _add_volumes(parser: argparse.ArgumentParser) -> None:
     add("--low-pass", type=float, metavar="A", help="low-pass at so many angstrom")
     add("--bfactor", type=float, metavar="A2", help="multiply by exp(-B s^2 / 4); a negative B sharpens")
     add("--flip", action="store_true", help="write mirror images, the other hand")
-    add("--overwrite", action="store_true", help="replace maps that are there")
+    add("--overwrite", action="store_true", help="replace an earlier series")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
 
 
 def volumes(asked: argparse.Namespace) -> None:
@@ -236,7 +235,7 @@ def volumes(asked: argparse.Namespace) -> None:
     from pyro_cryo.inference.run import Run
 
     _refuse_to_overwrite(asked.out / series.VOLUMES, asked.overwrite)
-    run = Run.load(asked.run)
+    run = Run.load(asked.run, device=_device(asked.device))
     finish = series.finishing(run.apix, asked.low_pass, asked.bfactor, asked.flip)
     index: Any = np.array([-1])
     z = None
@@ -270,6 +269,7 @@ def _add_analyze(parser: argparse.ArgumentParser) -> None:
     add("--kmeans", type=int, default=10, help="clusters of z")
     add("--steps", type=int, default=10, help="maps along each principal component")
     add("--components", type=int, default=2, help="principal components to follow")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
 
 
 def analyze(asked: argparse.Namespace) -> None:
@@ -278,8 +278,10 @@ def analyze(asked: argparse.Namespace) -> None:
     from pyro_cryo.inference.run import Run
 
     out = asked.out or asked.run / "analysis"
-    pictures = report.analyze(Run.load(asked.run), out, asked.kmeans, asked.steps, asked.components)
-    print(f"{', '.join(path.name for path in pictures)} and maps are in {out}")
+    run = Run.load(asked.run, device=_device(asked.device))
+    pictures = report.analyze(run, out, asked.kmeans, asked.steps, asked.components)
+    maps = " and maps" if run.model.zdim else ""
+    print(f"{', '.join(path.name for path in pictures)}{maps} are in {out}")
 
 
 # ----------------------------------------------------------------------------------------------------------- select
@@ -290,7 +292,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--cluster", type=int, nargs="+", metavar="C", help="images of these k-means clusters, from 0")
     which.add_argument("--index", type=Path, metavar="FILE", help="rows in a .txt or .npy file, from 0, or a .star")
-    add("--kmeans", type=int, default=10, help="clusters that --cluster counts, as in analyze")
+    add("--kmeans", type=int, help="count this many clusters anew (default: those of the last `analyze`, else 10)")
     add("--overwrite", action="store_true", help="replace the file if it is there")
 
 
@@ -299,6 +301,7 @@ def select(asked: argparse.Namespace) -> None:
     import numpy as np
 
     from pyro_cryo.analysis.latent import kmeans
+    from pyro_cryo.analysis.report import CLUSTERS
     from pyro_cryo.inference.run import Run
 
     if asked.out.suffix not in (".star", ".cs"):
@@ -308,10 +311,16 @@ def select(asked: argparse.Namespace) -> None:
     _refuse_to_overwrite(asked.out, asked.overwrite)
     run = Run.load(asked.run)
     if asked.cluster is not None:
-        beyond = [c for c in asked.cluster if not 0 <= c < asked.kmeans]
+        analysed = asked.run / "analysis" / CLUSTERS
+        if asked.kmeans is None and analysed.exists():
+            label = np.loadtxt(analysed, dtype=int, ndmin=2)[:, 1]
+        else:
+            label = kmeans(run.latent.z, asked.kmeans or 10).label
+        beyond = [c for c in asked.cluster if not 0 <= c <= label.max()]
         if beyond:
-            raise ValueError(f"cluster {beyond[0]} is not there; clusters are 0 to {asked.kmeans - 1}")
-        rows = np.flatnonzero(np.isin(kmeans(run.latent.z, asked.kmeans).label, asked.cluster))
+            raise ValueError(f"cluster {beyond[0]} is not there; clusters are 0 to {label.max()}")
+        rows = np.flatnonzero(np.isin(label, asked.cluster))
+        print(f"of {label.max() + 1} clusters: {' '.join(str(c) for c in asked.cluster)}")
     else:
         from pyro_cryo.data.selection import selected
 
@@ -368,6 +377,18 @@ def simulate(asked: argparse.Namespace) -> None:
         overwrite=asked.overwrite,
     )
     print(f"{asked.images} images of {asked.box} px, {len(source)} states: {star}")
+
+
+def _device(name: str) -> str:
+    """The device of that name; of "auto", a GPU where there is one."""
+    import torch
+
+    from pyro_cryo.inference.fit import check_device
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
 
 
 def _refuse_to_overwrite(path: Path, overwrite: bool) -> None:

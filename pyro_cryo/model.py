@@ -102,7 +102,10 @@ class CryoModel(nn.Module):
         return self.log_sigma.exp()
 
     def make_guide(self) -> nn.Module:
-        """The variational family of the sites in the plate; without latent sites there is nothing to guess."""
+        """The variational family of the sites in the plate; without latent sites there is nothing to guess.
+
+        A guide of z also has posterior(batch) -> (mean (B, zdim), covariance (B, zdim, zdim)).
+        """
         return NoGuide()
 
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:

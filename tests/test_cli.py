@@ -110,7 +110,7 @@ def test_fit_of_the_users_own_model(toy: Path, tmp_path: Path, command: Command)
     small = ("--first", 200, "--epochs", 2, "--set", "spread=0.02", "--zdim", 3)
     assert command("fit", toy, "-o", tmp_path / "run", *options("--model", tmp_path / "narrow.py", *small)) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["model"] == {"file": str(tmp_path / "narrow.py"), "class": "Narrow"}
+    assert (record["model"]["file"], record["model"]["class"]) == (str(tmp_path / "narrow.py"), "Narrow")
     assert (record["arguments"]["spread"], record["arguments"]["zdim"]) == (0.02, 3)
     run = Run.load(tmp_path / "run")
     assert type(run.model).__name__ == "Narrow"

@@ -83,16 +83,32 @@ def write_series(
     for row, point in enumerate(points):
         maps[row] = finish(run.volume(point))
     out.mkdir(parents=True, exist_ok=True)
-    for earlier in out.glob("vol_[0-9]*.mrc"):  # of a longer series, which this one replaces
-        earlier.unlink()
-    digits = max(3, len(str(len(maps) - 1)))
-    paths = [out / f"vol_{i:0{digits}d}.mrc" for i in range(len(maps))]
+    paths = _names(out, len(maps))
+    earlier = _earlier(out)
+    foreign = [path for path in paths if path.exists() and path not in earlier]
+    if foreign:
+        raise ValueError(f"{foreign[0]} exists and is not of an earlier series here; give another -o")
+    for path in earlier:  # a longer series, which this one replaces
+        path.unlink(missing_ok=True)
     for path, volume in zip(paths, maps, strict=True):
         write_map(path, volume, apix)
     table = np.zeros((1, 0)) if z is None else z
     write_atomically(out / VOLUMES, lambda path: _save(path, index, table, maps))
     write_chimerax(out / "series.cxc", paths, contour_level(maps[:: -(-len(maps) // LEVEL_MAPS)]))
     return paths
+
+
+def _names(out: Path, count: int) -> list[Path]:
+    digits = max(3, len(str(count - 1)))
+    return [out / f"vol_{i:0{digits}d}.mrc" for i in range(count)]
+
+
+def _earlier(out: Path) -> list[Path]:
+    """The maps of the series that volumes.npz says is in the folder."""
+    if not (out / VOLUMES).exists():
+        return []
+    with np.load(out / VOLUMES) as file:
+        return _names(out, len(file["index"]))
 
 
 def _save(path: Path, index: np.ndarray, z: np.ndarray, maps: Tensor) -> None:

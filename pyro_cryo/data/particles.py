@@ -193,7 +193,8 @@ class Particles:
         return self.table.per_group([group.field_angstrom for group in self.table.groups])
 
     @cached_property
-    def _freq_scale(self) -> Tensor:
+    def freq_scale(self) -> Tensor:
+        """(N,) the model's field of view over the image's, at most 1: factor of a slice's coordinates."""
         return self.apix * self.box / self._lengths
 
     @cached_property
@@ -203,7 +204,7 @@ class Particles:
         Pixel values are samples of one function whatever the field of view L, so the unitary transform of D x D of them
         goes with 1 / L^2.
         """
-        return self.table.sign * (-1.0 if self.invert else 1.0) / self._freq_scale**2
+        return self.table.sign * (-1.0 if self.invert else 1.0) / self.freq_scale**2
 
     @cached_property
     def _numbers(self) -> Tensor:
@@ -212,8 +213,8 @@ class Particles:
         optics = [torch.zeros(len(self), 9)] if ctf is None else [torch.stack(list(vars(ctf).values()), -1)]
         exposure = torch.zeros(len(self)) if self.table.exposure is None else self.table.exposure
         # Shifts are phases at k in cycles of the image's own field of view, hence in that field's pixels.
-        translation = self.translation * self._freq_scale[:, None]
-        last = torch.stack([self._freq_scale, self._factor, exposure], -1)
+        translation = self.translation * self.freq_scale[:, None]
+        last = torch.stack([self.freq_scale, self._factor, exposure], -1)
         return torch.cat([*optics, self.rotation.flatten(1), translation, last], -1)
 
     @cached_property

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pyro_cryo.inference.state import (
     append_log,
     json_arguments,
     load_checkpoint,
+    model_reference,
     read_record,
     save_checkpoint,
     write_log,
@@ -68,17 +69,17 @@ class Settings:
     save_every_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "learning_rate", "noise_rate", "clip"):
+        for name in ("batch_size", "learning_rate", "noise_rate", "beta", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
-        for name in ("epochs", "warmup", "beta", "save_every_s"):
+        for name in ("epochs", "warmup", "save_every_s"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected 0 to 4294967295")
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision {self.precision!r} is not known; expected float32 or bf16")
-        _check_device(self.device)
+        check_device(self.device)
 
 
 def fit(
@@ -100,6 +101,12 @@ def fit(
     """
     chosen = Settings(**settings)
     folder = None if out is None else Path(out)
+    if model.epochs == 0 and chosen.epochs:
+        raise ValueError(
+            f"epochs is {chosen.epochs}, but {type(model).__name__} is solved, not descended; leave it out"
+        )
+    if resume and folder is not None and chosen.epochs is None and (folder / RECORD).exists():
+        chosen = replace(chosen, epochs=read_record(folder)["settings"]["epochs"])
     if particles.box != model.box:
         raise ValueError(f"a model of box {model.box} for particles of {particles.box} px; build it with particles.box")
     if particles.n_noise_groups > len(model.log_sigma):
@@ -107,34 +114,34 @@ def fit(
             f"a model of {len(model.log_sigma)} noise groups for particles of {particles.n_noise_groups}; build it "
             "with noise_groups=particles.n_noise_groups"
         )
-    if model.epochs == 0 and chosen.epochs:
-        raise ValueError(
-            f"epochs is {chosen.epochs}, but {type(model).__name__} is solved, not descended; leave it out"
-        )
     run = Run(model.to(chosen.device), particles, folder)
-    pyro.settings.set(validate_distributions_pyro=False, validate_poutine=False)
-    torch.distributions.Distribution.set_default_validate_args(False)
     loop = _Loop(run, chosen, progress)
-    if folder is None:
-        loop.start(None)
-    elif resume and (folder / RECORD).exists():
-        loop.start(_saved(folder, run, chosen))
-    else:
-        made = _make_folder(folder)
-        try:
-            write_record(folder, model, particles, asdict(chosen))
+    with pyro.validation_enabled(False):  # it reads numbers back from the device at every step
+        if folder is None:
             loop.start(None)
-        except Exception:  # nothing is fitted yet: leave nothing behind
-            (folder / RECORD).unlink(missing_ok=True)
-            with suppress(OSError):
-                for path in made:
-                    path.rmdir()
-            raise
-    loop.go()
+        elif resume and (folder / RECORD).exists():
+            loop.start(_saved(folder, run, chosen))
+        else:
+            _start_in(folder, loop, chosen)
+        loop.go()
     return run
 
 
-def _check_device(device: str) -> None:
+def _start_in(folder: Path, loop: _Loop, settings: Settings) -> None:
+    """Begin a run in a new folder; where that fails nothing is fitted yet, and nothing is left behind."""
+    made = _make_folder(folder)
+    try:
+        write_record(folder, loop.model, loop.particles, asdict(settings))
+        loop.start(None)
+    except Exception:
+        (folder / RECORD).unlink(missing_ok=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def check_device(device: str) -> None:
     """Raise ValueError unless PyTorch has it."""
     try:
         asked = torch.device(device)
@@ -162,14 +169,17 @@ def _saved(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | None:
     record = read_record(folder)
     if record["particles"]["fingerprint"] != run.particles.fingerprint():
         raise ValueError(f"{folder} is a fit of other particles; resume with the input of its run.json")
-    now = {"model": type(run.model).__qualname__, **json_arguments(run.model), **asdict(settings)}
-    then = {"model": record["model"]["class"], **record["arguments"], **record["settings"]}
+    reference, then_reference = model_reference(run.model), record["model"]
+    now = {"model": reference["class"], **json_arguments(run.model), **asdict(settings)}
+    then = {"model": then_reference["class"], **record["arguments"], **record["settings"]}
     for name in ("device", "compile", "save_every_s"):  # where and how, not what
         now.pop(name)
     changed = [name for name, value in now.items() if then.get(name) != value]
     if changed:
         name = changed[0]
         raise ValueError(f"{folder} was fitted with {name} {then.get(name)}, not {now[name]}; resume as it was")
+    if reference.get("sha256") != then_reference.get("sha256"):
+        raise ValueError(f"{reference.get('file')} has changed since the fit; resume with the model as it was")
     return load_checkpoint(folder, settings.device) if (folder / CHECKPOINT).exists() else None
 
 
@@ -191,8 +201,15 @@ class _Loop:
         settings = self.settings
         torch.manual_seed(settings.seed)
         if saved is None:
+            began = time.monotonic()
             self.model.prepare(self.particles, settings.seed, self.progress)
+            self.elapsed = time.monotonic() - began if not self.epochs else 0.0
         self.run.guide = self.model.make_guide().to(settings.device)
+        if self.model.zdim and not hasattr(self.run.guide, "posterior"):
+            raise ValueError(
+                f"the guide of {type(self.model).__name__} says nothing of z; let make_guide return one with "
+                "posterior(batch), such as pyro_cryo.guides.encoder.ImageEncoder(self)"
+            )
         self.elbo = ReparameterisedELBO()(self.model, self.run.guide)
         if self.epochs:
             self.optimiser, self.schedule = self._optimiser()
@@ -208,8 +225,10 @@ class _Loop:
         self._speed_up()
         if self.epochs:
             self._descend()
+        else:
+            self._record({"epoch": 0, "step": 0, "seconds": round(self.elapsed, 2)})
         self.model.beta = 1.0
-        self.run.finish()
+        self.run.finish(self.progress)
         self.finished = True
         self._save()
 
@@ -304,6 +323,9 @@ class _Loop:
             "learning_rate": self.schedule.get_last_lr()[-1],
             "seconds": round(self.elapsed, 2),
         }
+        self._record(record)
+
+    def _record(self, record: dict[str, Any]) -> None:
         self.run.records.append(record)
         if self.run.folder is not None:
             append_log(self.run.folder, record)

@@ -122,12 +122,14 @@ def add_up(
     batches = particles.batches(batch_size, device=device)
     threads = torch.get_num_threads()
     # Scattering is serial: a half set goes to each of two threads, which then need no threads of their own.
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for batch in progress(batches, -(-len(particles) // batch_size), "reconstruct"):
-            first = half_set[batch.index.cpu()].to(device) == 1
-            parts = (batch[first], batch[~first])
-            list(pool.map(lambda half, part: half.add(part, sigma, symmetry), halves, parts))
-    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for batch in progress(batches, -(-len(particles) // batch_size), "reconstruct"):
+                first = half_set[batch.index.cpu()].to(device) == 1
+                parts = (batch[first], batch[~first])
+                list(pool.map(lambda half, part: half.add(part, sigma, symmetry), halves, parts))
+    finally:
+        torch.set_num_threads(threads)
     return halves
 
 

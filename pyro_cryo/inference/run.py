@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_atomically
 from pyro_cryo.model import CryoModel
+from pyro_cryo.progress import Progress, quiet
 
 LATENT, PARTICLES = "latent.npz", "particles.star"
 
@@ -104,7 +105,7 @@ class Run:
                 return Latent(file["index"], file["z"], file["z_cov"])
         return self.encode(self.particles)
 
-    def encode(self, particles: Particles, batch_size: int = 256) -> Latent:
+    def encode(self, particles: Particles, batch_size: int = 256, progress: Progress = quiet) -> Latent:
         """Posterior moments of z for any particles of the same box and pixel size."""
         if self.model.zdim == 0:
             raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
@@ -122,7 +123,8 @@ class Run:
             )
         means, covariances = [], []
         with torch.no_grad():
-            for batch in particles.batches(batch_size, device=self.device):
+            batches = particles.batches(batch_size, device=self.device)
+            for batch in progress(batches, -(-len(particles) // batch_size), "encode"):
                 mean, covariance = self.guide.posterior(batch)  # type: ignore[union-attr, operator]
                 means.append(mean.cpu())
                 covariances.append(covariance.cpu())
@@ -146,12 +148,12 @@ class Run:
             maps = [self.model.map(one).cpu() for one in points.reshape(-1, self.model.zdim)]
         return maps[0] if points.ndim == 1 else torch.stack(maps)
 
-    def finish(self) -> None:
+    def finish(self, progress: Progress = quiet) -> None:
         """Write what a finished run leaves: latents, particles, the model's own results."""
         if self.folder is None:
             return
         if self.model.zdim:
-            latent = self.encode(self.particles)
+            latent = self.encode(self.particles, progress=progress)
             self.__dict__["latent"] = latent
             write_atomically(self.folder / LATENT, lambda path: _save_npz(path, latent))
         self.particles.write_star(self.folder / PARTICLES)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ def write_record(folder: Path, model: CryoModel, particles: Particles, settings:
     record = {
         "model": model_reference(model),
         "arguments": json_arguments(model),
+        "unsaid": sorted(set(model.arguments) - set(json_arguments(model))),
         "particles": {**particles.opened_with, "count": len(particles), "fingerprint": particles.fingerprint()},
         "apix": particles.apix,
         "settings": settings,
@@ -121,7 +124,11 @@ def model_reference(model: CryoModel) -> dict[str, str]:
     file = getattr(module, "__file__", None)
     if kind.__module__.startswith("pyro_cryo.") or file is None:
         return {"module": kind.__module__, "class": kind.__qualname__}
-    return {"file": str(Path(file).resolve()), "class": kind.__qualname__}
+    return {"file": str(Path(file).resolve()), "sha256": _digest(Path(file)), "class": kind.__qualname__}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def json_arguments(model: CryoModel) -> dict[str, Any]:
@@ -138,10 +145,19 @@ def json_arguments(model: CryoModel) -> dict[str, Any]:
 def build_model(record: dict[str, Any]) -> CryoModel:
     """The model of run.json, with fresh parameters."""
     reference, arguments = record["model"], record["arguments"]
+    if record.get("unsaid"):
+        name = record["unsaid"][0]
+        raise ValueError(
+            f"run.json could not hold the argument {name} of {reference['class']}; give Run.load(..., model=)"
+        )
     where = reference.get("file") or reference["module"]
     if "file" not in reference and not where.startswith("pyro_cryo."):
         raise ValueError(f"{reference['class']} was typed in a session; give Run.load(..., model=)")
     kind = load_class(where, reference["class"])
+    if "file" in reference and _digest(Path(where)) != reference["sha256"]:
+        warnings.warn(
+            f"{where} has changed since the fit; its model may not be the one fitted", UserWarning, stacklevel=3
+        )
     try:
         return kind(**arguments)
     except TypeError as error:
