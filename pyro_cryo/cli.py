@@ -26,15 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"pyro-cryo: stopped{'; --resume goes on' if asked.command is fit else ''}", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if asked.debug:
-            raise
-        print(f"pyro-cryo: error: {_one_line(error)}", file=sys.stderr)
-        return 2
     except Exception as error:
         if asked.debug:
             raise
-        print(f"pyro-cryo: error: {type(error).__name__}: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+        text = _one_line(error)
+        expected = isinstance(error, ValueError | OSError)
+        print(f"pyro-cryo: error: {text if expected else f'{type(error).__name__}: {text} (--debug)'}", file=sys.stderr)
         return 2
     return 0
 
@@ -95,7 +92,9 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     none = argparse.SUPPRESS
     add = parser.add_argument
     add("particles", type=Path, help=".star, .cs, .mrcs with --poses-pkl and --ctf-pkl, or .txt, a list of stacks")
-    add("-o", "--out", type=Path, required=True, help="folder of the run, new or empty")
+    add(
+        "-o", "--out", type=Path, required=True, help="folder of the run: new or empty, or with --resume the run itself"
+    )
     names = ", ".join(recipes())
     add("--model", default="homogeneous", help=f"a recipe ({names}), or a .py file with a CryoModel of your own")
     add("--zdim", type=int, default=none, help="dimension of the latent coordinate (default: the model's)")
