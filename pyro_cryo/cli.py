@@ -96,7 +96,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, required=True, help="folder of the run: new or empty, or with --resume the run itself"
     )
     names = ", ".join(recipes())
-    add("--model", default="homogeneous", help=f"a recipe ({names}), or a .py file with a CryoModel of your own")
+    add("--model", default="homogeneous", help=f"a recipe ({names}), or a .py file, whose last CryoModel it takes")
     add("--zdim", type=int, default=none, help="dimension of the latent coordinate (default: the model's)")
     add("--symmetry", default=none, help="point group of the map: C1, C4, D7, T, O, I (default: C1)")
     add("--mask", default=none, help="solvent mask: auto, none or a map of values 0 to 1 (default: auto)")
@@ -116,7 +116,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     add("--poses-pkl", type=Path, default=none, help="poses from a cryoDRGN .pkl")
     add("--ctf-pkl", type=Path, default=none, help="CTF from a cryoDRGN .pkl")
     add("--invert", action="store_true", help="toggle contrast, for images with dark protein")
-    add("--normalize", action="store_true", help="each image to mean 0, sd 1 outside a circle of 0.9 boxes")
+    add("--normalize", action="store_true", help="each image to mean 0, sd 1 outside a circle 0.9 boxes across")
     add("--window", type=float, default=none, help="soft disc, a fraction of half the box (default: no window)")
     add("--first", type=int, default=none, help="only so many particles, from the first (default: all)")
     add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import pyro
@@ -20,7 +21,7 @@ from pyro_cryo.volumes.mlp import ResidualLayer
 Expectation = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """q(z | image) = Normal(loc, sd), both from a multilayer perceptron of `features(batch)`.
 
     The model is kept aside, not registered: its parameters are its own.
@@ -43,9 +44,9 @@ class Encoder(nn.Module):
         """The model whose z this guesses."""
         return self._model[0]
 
+    @abstractmethod
     def features(self, batch: Batch) -> Tensor:
         """What the network sees of each image: (B, inputs)."""
-        raise NotImplementedError
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z | image): (B, zdim) each."""
