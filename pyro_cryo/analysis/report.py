@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_cryo.analysis import plots
 from pyro_cryo.analysis.fsc import masked_fsc
 from pyro_cryo.analysis.latent import kmeans, pca
-from pyro_cryo.analysis.series import VOLUMES, along_component, at_clusters, finishing, write_series
+from pyro_cryo.analysis.series import VOLUMES, along_component, finishing, write_series
 from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.reconstruct import Reconstruction
 from pyro_cryo.inference.run import Run
@@ -74,13 +74,13 @@ def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: 
     plain = finishing(apix, None, None, False)
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
-    if run.records:
-        pictures.append(_save(plots.learning_curve(run.records), out / "learning_curve.png"))
+    passes = [record for record in run.records if "loss" in record]
+    if passes:
+        pictures.append(_save(plots.learning_curve(passes), out / "learning_curve.png"))
     k = min(clusters, len(z))
     found = kmeans(z, k)
     pictures.append(_save(plots.latent_density(z, found), out / "latent.png"))
-    index, points = at_clusters(run, k)
-    write_series(run, out / f"kmeans{k}", index, points, plain)
+    write_series(run, out / f"kmeans{k}", found.nearest, z[found.nearest], plain)
     labels = [f"cluster {i}" for i in range(k)]
     pictures.append(_picture(out / f"kmeans{k}", apix, labels, out / "kmeans.png", "maps at clusters"))
     parts = pca(z)

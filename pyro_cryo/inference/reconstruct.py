@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions.volume import filter_shells
-from pyro_cryo.physics.fourier import shift_phase
+from pyro_cryo.model import form_image
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
@@ -206,16 +206,12 @@ def residual_noise(
     total = torch.zeros(sample.n_noise_groups, sample.half.shells, device=device)
     count = torch.zeros_like(total)
     for batch in sample.batches(batch_size, device=device):
-        residual = torch.view_as_complex(batch.image) - signal(batch, grid)
-        square = residual.abs().square() + batch.ctf.square() * variance[batch.half.shell]
+        points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
+        slices = torch.view_as_real(read_grid(grid, points))
+        residual = batch.image - form_image(slices, batch.translation, batch)
+        square = residual.square().sum(-1) + batch.ctf.square() * variance[batch.half.shell]
         add_shells(total, count, square, batch)
     return noise_floor((0.5 * total / count.clamp_min(1)).sqrt())
-
-
-def signal(batch: Batch, grid: Tensor) -> Tensor:
-    """The noise-free images of a map given by its Fourier grid: (B, P) complex."""
-    points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
-    return batch.ctf * shift_phase(batch.half.k, batch.translation, batch.half.box) * read_grid(grid, points)
 
 
 def sample_rows(particles: Particles, generator: torch.Generator) -> Tensor:
@@ -232,7 +228,7 @@ def image_power(particles: Particles, batch_size: int, device: torch.device | st
     total = torch.zeros(particles.n_noise_groups, particles.half.shells, device=device)
     count = torch.zeros_like(total)
     for batch in particles.batches(batch_size, device=device):
-        add_shells(total, count, torch.view_as_complex(batch.image).abs().square(), batch)
+        add_shells(total, count, batch.image.square().sum(-1), batch)
     return noise_floor((0.5 * total / count.clamp_min(1)).sqrt())
 
 

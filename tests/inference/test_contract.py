@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_cryo.analysis.report import analyze
 from pyro_cryo.analysis.series import finishing, write_series
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
@@ -108,3 +109,10 @@ def test_a_weight_of_zero_is_refused_before_anything_is_written(small_case: Path
     with pytest.raises(ValueError, match="beta is 0; expected a positive number"):
         fit(CryoDRGN(particles.box, zdim=1), particles, tmp_path / "run", beta=0)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_family_that_was_not_descended_to_is_analysed_all_the_same(small_case: Path, tmp_path: Path) -> None:
+    particles = Particles.open(small_case / "particles.star")
+    run = fit(CryoDRGN(particles.box, zdim=2, width=8, layers=1), particles, tmp_path / "run", epochs=0)
+    names = [path.name for path in analyze(run, tmp_path / "out", clusters=2, steps=2, components=1)]
+    assert names == ["latent.png", "kmeans.png", "pc1.png"]  # and no learning curve
