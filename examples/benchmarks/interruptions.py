@@ -49,7 +49,7 @@ def disturb(command: list[str], kills: int, whole: float) -> int:
     while done < kills:
         process = subprocess.Popen(command)
         try:
-            process.wait(timeout=moments.uniform(0.1, 0.5) * whole)
+            process.wait(timeout=moments.uniform(0.1, 0.25) * whole)
             break
         except subprocess.TimeoutExpired:
             process.kill()
