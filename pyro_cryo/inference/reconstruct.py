@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -121,13 +121,19 @@ def add_up(
     halves = (NormalEquations.empty(particles.box, device), NormalEquations.empty(particles.box, device))
     batches = particles.batches(batch_size, device=device)
     threads = torch.get_num_threads()
-    # Scattering is serial: a half set goes to each of two threads, which then need no threads of their own.
+    # Scattering is serial: a half set goes to each of two threads, which then need no threads of their own. Meanwhile
+    # the next batch is made.
     try:
         with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            adding: list[Future[None]] = []
             for batch in progress(batches, -(-len(particles) // batch_size), "reconstruct"):
                 first = half_set[batch.index.cpu()].to(device) == 1
                 parts = (batch[first], batch[~first])
-                list(pool.map(lambda half, part: half.add(part, sigma, symmetry), halves, parts))
+                for added in adding:
+                    added.result()
+                adding = [pool.submit(half.add, part, sigma, symmetry) for half, part in zip(halves, parts, strict=True)]
+            for added in adding:
+                added.result()
     finally:
         torch.set_num_threads(threads)
     return halves
@@ -153,7 +159,7 @@ def _solve(
     else:
         mask = mask.to(everywhere)
         scale = mask * density_envelope(mask * first, mask)
-    posterior = whole.posterior(scale, order=order)
+    posterior = whole.posterior(scale, order=order, like=plain)
     mean = posterior.mean(3e-2)
     tau = mackay_tau(posterior, mean)
     start = filter_shells(mean, posterior.tau / tau)

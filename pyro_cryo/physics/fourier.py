@@ -144,8 +144,8 @@ def soft_disc(box: int, radius_px: float, edge_px: float, dims: int = 2, device:
     """1 inside radius_px, 0 beyond radius_px + edge_px, a raised cosine between: the soft window."""
     if edge_px <= 0:
         return (radius(box, dims, device) <= radius_px).float()
-    ramp = ((radius(box, dims, device) - radius_px) / edge_px).clamp(0, 1)
-    return 0.5 * (1 + torch.cos(math.pi * ramp))
+    ramp = radius(box, dims, device).sub_(radius_px).div_(edge_px).clamp_(0, 1)
+    return ramp.mul_(math.pi).cos_().add_(1).mul_(0.5)
 
 
 def shift_phase(k: Tensor, translation_px: Tensor, box: int) -> Tensor:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+CONVOLVED_BYTES = 2 << 20
+
 
 def slice_coordinates(rotation: Tensor, k: Tensor, scale: Tensor | None = None) -> Tensor:
     """Where a view's frequencies lie in the volume, k @ R: (*batch, 3, 3), (P, 2) -> (*batch, P, 3), cycles a box.
@@ -87,21 +89,29 @@ def add_to_grid(
 
 def _corners(points: Tensor, flip: Tensor, n: int, oversample: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Flat index and weight of the eight grid points about each point."""
-    position = torch.where(flip[:, None], -points, points) * oversample
+    row = n // 2 + 1
+    index = torch.int32 if n * n * row < 2**31 else torch.int64
+    position = torch.where(flip, -points.T, points.T) * oversample  # a coordinate a row: each is read as one run
     base = position.detach().floor()
-    fraction = position - base
-    inside = (position.detach().abs() < n // 2).all(-1)
-    low = base.long().clamp(-n // 2, n // 2 - 1)
-    x = (low[:, 0].clamp_min(0), (low[:, 0] + 1).clamp_min(0))
-    y = (low[:, 1] % n * (n // 2 + 1), (low[:, 1] + 1) % n * (n // 2 + 1))
-    z = (low[:, 2] % n * (n * (n // 2 + 1)), (low[:, 2] + 1) % n * (n * (n // 2 + 1)))
-    fx, fy, fz = fraction.unbind(-1)
-    wx, wy, wz = (1 - fx, fx), (1 - fy, fy), ((1 - fz) * inside, fz * inside)
+    fx, fy, fz = position - base
+    inside = (position.detach().abs() < n // 2).all(0)
+    x, y, z = base.clamp_(-(n // 2), n // 2 - 1).to(index)
+    x = x.clamp_min(0)
+    ys, zs = _wrapped(y, n, row), _wrapped(z, n, n * row)
+    wy, wz = (1 - fy, fy), ((1 - fz) * inside, fz * inside)
     for i in (0, 1):
         for j in (0, 1):
-            zy, weight = z[i] + y[j], wz[i] * wy[j]
-            for m in (0, 1):
-                yield zy + x[m], weight * wx[m]
+            near = zs[i] + ys[j] + x
+            both = wz[i] * wy[j]
+            far = both * fx
+            yield near, both - far
+            yield near + 1, far
+
+
+def _wrapped(low: Tensor, n: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Where frequencies `low` and low + 1 stand along an axis of n, in FFT order."""
+    first = torch.where(low < 0, low + n, low)
+    return first * stride, torch.where(first == n - 1, 0, first + 1) * stride
 
 
 def gridding_sinc(box: int, n: int, device: torch.device | str = "cpu") -> Tensor:
@@ -120,7 +130,8 @@ def toeplitz_kernel(weight: Tensor, box: int) -> Tensor:
     half = torch.full((n // 2 + 1,), 0.5, device=weight.device)
     half[0] = half[-1] = 1.0
     kernel = torch.fft.irfftn((weight * half).to(torch.complex64), s=(n, n, n)) * (n**3 / box**2)
-    return kernel / torch.fft.ifftshift(gridding_sinc(n, n, weight.device))
+    sinc = torch.sinc(torch.fft.fftfreq(n, device=weight.device)) ** 2
+    return kernel.div_(sinc[:, None, None]).div_(sinc[:, None]).div_(sinc)
 
 
 def crop_kernel(kernel: Tensor, box: int) -> Tensor:
@@ -134,10 +145,13 @@ def convolve(spectrum: Tensor, volume: Tensor) -> Tensor:
     """Apply a Toeplitz kernel, given as its rfftn (2b, 2b, b + 1), to volumes (*batch, b, b, b)."""
     b = volume.shape[-1]
     # One axis at a time, padding as late and cropping as early as can be: half the work of a whole padded transform.
+    # And some kx at a time: what is padded stays in the processor's cache, and four times smaller than the spectrum.
     padded = torch.fft.rfft(volume, n=2 * b, dim=-1)
-    padded = torch.fft.fft(torch.fft.fft(padded, n=2 * b, dim=-2), n=2 * b, dim=-3).mul_(spectrum)
-    cropped = torch.fft.ifft(padded, dim=-3)[..., :b, :, :]
-    return torch.fft.irfft(torch.fft.ifft(cropped, dim=-2)[..., :b, :], n=2 * b, dim=-1)[..., :b]
+    parts = min(-(-8 * spectrum.numel() // CONVOLVED_BYTES), b // 8 + 1) if padded.device.type == "cpu" else 1
+    for part, factor in zip(padded.tensor_split(parts, -1), spectrum.tensor_split(parts, -1), strict=True):
+        whole = torch.fft.fft(torch.fft.fft(part, n=2 * b, dim=-2), n=2 * b, dim=-3).mul_(factor)
+        part.copy_(torch.fft.ifft(torch.fft.ifft(whole, dim=-3)[..., :b, :, :], dim=-2)[..., :b, :])
+    return torch.fft.irfft(padded, n=2 * b, dim=-1)[..., :b]
 
 
 def _pad_at_origin(volume: Tensor, n: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.distributions.volume import filter_shells, multiply_spectrum, shell_values
+from pyro_cryo.distributions.volume import filter_shells, shell_values
 from pyro_cryo.physics.fourier import half_radius, shift_phase, soft_disc
 from pyro_cryo.physics.slices import (
     add_to_grid,
@@ -67,24 +67,32 @@ class NormalEquations:
         table = shell_values(factor, self.weight.shape[0])
         return NormalEquations(self.box, self.value * table, self.weight * table)
 
-    def posterior(self, scale: Tensor, tau: Tensor | None = None, order: int = 1) -> VoxelPosterior:
+    def posterior(
+        self, scale: Tensor, tau: Tensor | None = None, order: int = 1, like: VoxelPosterior | None = None
+    ) -> VoxelPosterior:
         """The posterior under V = scale * u, scale (D, D, D), u ~ ShellNormal(tau); tau defaults to `first_tau`.
 
-        order is that of the point group with which the images were added.
+        order is that of the point group with which the images were added; like is another posterior of the same
+        images, whose likelihood serves again where it is of the same cube.
         """
         crop = _bounding_cube(scale)
+        if like is None or like.crop != crop:
+            rhs, spectrum, seen = self._likelihood(crop)
+        else:
+            rhs, spectrum, seen = like.rhs, like.spectrum, like.seen
+        unit = torch.ones_like(seen)
+        result = VoxelPosterior(self.box, crop, rhs, spectrum, seen, scale[crop].contiguous(), unit, order)
+        return result.with_tau(first_tau(result) if tau is None else tau)
+
+    def _likelihood(self, crop: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+        """rhs, spectrum and seen of a `VoxelPosterior` on a cube."""
         side = crop[0].stop - crop[0].start
         kernel = crop_kernel(toeplitz_kernel(self.weight, self.box), side)
         # Few pairs of voxels are farther apart; lags that end abruptly would make the spectrum ring below zero.
         taper = soft_disc(2 * side, 0.6 * side, 0.4 * side, dims=3, device=kernel.device)
-        spectrum = nonnegative(torch.fft.rfftn(kernel * torch.fft.ifftshift(taper)).real)
-        rhs = fourier_grid_adjoint(self.value, self.box)
-        seen = shell_mean(spectrum, self.box // 2 + 1, self.box / (2 * side))
-        unit = torch.ones_like(seen)
-        result = VoxelPosterior(
-            self.box, crop, rhs[crop].contiguous(), spectrum, seen, scale[crop].contiguous(), unit, order
-        )
-        return result.with_tau(first_tau(result) if tau is None else tau)
+        spectrum = nonnegative(torch.fft.rfftn(kernel.mul_(torch.fft.ifftshift(taper))).real)
+        rhs = fourier_grid_adjoint(self.value, self.box)[crop].contiguous()
+        return rhs, spectrum, shell_mean(spectrum, self.box // 2 + 1, self.box / (2 * side))
 
 
 def noise_sd(batch: Batch, sigma: Tensor) -> Tensor:
@@ -164,25 +172,33 @@ class VoxelPosterior:
         return volume
 
     def _solve(self, rhs: Tensor, tolerance: float, start: Tensor | None) -> Tensor:
-        """Conjugate gradients on H e = rhs, each of the batch on its own, preconditioned shell by shell."""
+        """Conjugate gradients on H e = rhs, each of the batch on its own, preconditioned shell by shell.
+
+        They run on the Fourier coefficients of e, where prior and preconditioner are factors.
+        """
         b = len(self.scale)
         tau = shell_values(self.tau, b)
         square = self.scale.square()
         typical = square.square().mean() / square.mean()  # of scale^2, where there is density
         weak = shell_values(1 / (1 + typical * self.seen * self.tau.square()), b)
+        twice = _stands_for(b, rhs.device)
 
         def operator(e: Tensor) -> Tensor:
-            score = convolve(self.spectrum, self.scale * multiply_spectrum(e, tau))
-            return multiply_spectrum(self.scale * score, tau) + e
+            score = convolve(self.spectrum, self.scale * _to_voxels(tau * e))
+            return torch.addcmul(e, tau, _to_coefficients(self.scale * score))
 
         def dot(a: Tensor, c: Tensor) -> Tensor:
-            return (a * c).sum((-3, -2, -1), keepdim=True)
+            return ((a.real * c.real + a.imag * c.imag) * twice).sum((-3, -2, -1), keepdim=True)
 
-        e = torch.zeros_like(rhs) if start is None else start.expand_as(rhs).clone()
-        residual = rhs.clone() if start is None else rhs - operator(e)
-        z = multiply_spectrum(residual, weak)
+        right = _to_coefficients(rhs)
+        if start is None:
+            e, residual = torch.zeros_like(right), right.clone()
+        else:
+            e = _to_coefficients(start).expand_as(right).clone()
+            residual = right - operator(e)
+        z = weak * residual
         direction, rz = z, dot(residual, z)
-        target = tolerance**2 * dot(rhs, multiply_spectrum(rhs, weak))
+        target = tolerance**2 * dot(right, weak * right)
         for _ in range(300):
             if bool((rz <= target).all()):
                 break
@@ -191,12 +207,27 @@ class VoxelPosterior:
             if not bool((curvature > 0).all()):  # beyond what single precision resolves
                 break
             step = rz / curvature
-            e = e + step * direction
-            residual = residual - step * image
-            z = multiply_spectrum(residual, weak)
+            e.addcmul_(step, direction)
+            residual.addcmul_(step, image, value=-1)
+            z = weak * residual
             previous, rz = rz, dot(residual, z)
-            direction = z + rz / previous.clamp_min(1e-30) * direction
-        return e
+            direction = torch.addcmul(z, rz / previous.clamp_min(1e-30), direction)
+        return _to_voxels(e)
+
+
+def _to_coefficients(volume: Tensor) -> Tensor:
+    return torch.fft.rfftn(volume, dim=(-3, -2, -1), norm="ortho")
+
+
+def _to_voxels(coefficients: Tensor) -> Tensor:
+    return torch.fft.irfftn(coefficients, s=(coefficients.shape[-2],) * 3, dim=(-3, -2, -1), norm="ortho")
+
+
+def _stands_for(n: int, device: torch.device) -> Tensor:
+    """How many of the n columns of kx each of the n / 2 + 1 stored ones stands for."""
+    twice = torch.full((n // 2 + 1,), 2.0, device=device)
+    twice[0] = twice[-1] = 1.0
+    return twice
 
 
 def first_tau(posterior: VoxelPosterior) -> Tensor:
@@ -254,8 +285,7 @@ def shell_mean(values: Tensor, shells: int, scale: float = 1.0) -> Tensor:
 def _shell_layout(n: int, shells: int, scale: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Shell of every stored coefficient of an n cube (those beyond go to one more), how often each counts, how many."""
     index = (half_radius(n, device) * scale).round().long().clamp_max(shells).flatten()
-    twice = torch.full((n // 2 + 1,), 2.0, device=device)
-    twice[0] = twice[-1] = 1.0
+    twice = _stands_for(n, index.device)
     count = torch.zeros(shells + 1, device=device).index_add_(0, index, twice.expand(n, n, -1).flatten())
     return index, twice, count[:shells].clamp_min(1)
 
