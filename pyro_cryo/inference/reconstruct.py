@@ -131,7 +131,8 @@ def add_up(
                 parts = (batch[first], batch[~first])
                 for added in adding:
                     added.result()
-                adding = [pool.submit(half.add, part, sigma, symmetry) for half, part in zip(halves, parts, strict=True)]
+                pairs = zip(halves, parts, strict=True)
+                adding = [pool.submit(half.add, part, sigma, symmetry) for half, part in pairs]
             for added in adding:
                 added.result()
     finally:
