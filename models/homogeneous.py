@@ -13,7 +13,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import ShellNormal
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
-from pyro_cryo.model import CryoModel, Density
+from pyro_cryo.model import CryoModel, Density, refuse_other_stories
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import fourier_grid, read_grid
 from pyro_cryo.progress import Progress, quiet
@@ -55,12 +55,7 @@ class Homogeneous(CryoModel):
         return VolumeGuide(self)
 
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
-        for hook in ("density", "latent", "pose", "signal", "noise"):
-            if getattr(type(self), hook) is not getattr(Homogeneous, hook):
-                raise ValueError(
-                    f"{type(self).__name__} overrides {hook}, but Homogeneous is solved for known poses and Gaussian "
-                    "noise; derive from CryoDRGN or CryoModel"
-                )
+        refuse_other_stories(self)
         found = reconstruct(
             particles,
             symmetry=self.symmetry,

@@ -119,6 +119,17 @@ class CryoModel(nn.Module):
         return self.volume.map(z)  # type: ignore[operator]
 
 
+def refuse_other_stories(model: CryoModel) -> None:
+    """Raise ValueError where a subclass of a recipe that is solved for tells another story than the one solved."""
+    recipe = next(kind for kind in type(model).__mro__ if kind.__module__.startswith("pyro_cryo.models."))
+    for hook in ("density", "latent", "pose", "signal", "noise"):
+        if getattr(type(model), hook) is not getattr(recipe, hook):
+            raise ValueError(
+                f"{type(model).__name__} overrides {hook}, but {recipe.__name__} is solved for as it is, with known "
+                "poses and Gaussian noise; derive from CryoDRGN or CryoModel"
+            )
+
+
 class NoGuide(nn.Module):
     """The guide of a model without latent sites."""
 

@@ -19,11 +19,10 @@ from torch import Tensor
 from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.physics.fourier import (
     HalfPlane,
-    fourier_to_volume,
     half_plane_to_image,
+    resize,
     shift_phase,
     soft_disc,
-    volume_to_fourier,
 )
 
 WIDTH, OVERSAMPLE = 6, 2
@@ -58,8 +57,9 @@ class DensityMaps:
 
     def volume(self, state: int, box: int, apix: float) -> Tensor:
         """One state on `box` voxels of the same field of view (D, D, D), inside the ball that projections can show."""
-        half = box / 2
-        return _resample(self.density[state], box) * soft_disc(box, 0.86 * half, 0.1 * half, dims=3)
+        density = self.density[state]
+        half, step = box / 2, density.shape[-1] / box  # a projection adds up voxels, images keep their values
+        return resize(density, box) / step * soft_disc(box, 0.86 * half, 0.1 * half, dims=3)
 
     def projector(self, state: int, box: int, apix: float) -> Callable[[Tensor, Tensor], Tensor]:
         """A function of rotations (n, 3, 3) and shifts (n, 2) in pixels that gives the projections (n, D, D)."""
@@ -121,15 +121,3 @@ def read_kaiser_bessel(grid: Tensor, k: Tensor) -> Tensor:
             line = flat[row[:, None] + x]
             total += (line * wx).sum(-1) * (wz[:, i] * wy[:, j])
     return total.view(k.shape[:-1])
-
-
-def _resample(volume: Tensor, box: int) -> Tensor:
-    """The same field of view on `box` voxels, by cropping or padding the transform; densities keep their values."""
-    old = volume.shape[-1]
-    if box == old:
-        return volume
-    spectrum, n = volume_to_fourier(volume), min(box, old)
-    a, b = old // 2 - n // 2, box // 2 - n // 2
-    new = torch.zeros(box, box, box // 2 + 1, dtype=spectrum.dtype)
-    new[b : b + n, b : b + n, : n // 2 + 1] = spectrum[a : a + n, a : a + n, : n // 2 + 1]
-    return fourier_to_volume(new) * (box / old) ** 2

@@ -124,6 +124,23 @@ def fourier_to_volume(spectrum: Tensor) -> Tensor:
     return torch.fft.fftshift(volume, dim=(-3, -2, -1))
 
 
+def resize(volume: Tensor, box: int) -> Tensor:
+    """Maps (*batch, D, D, D) on `box` voxels of the same field of view, as images cropped or padded to it show them.
+
+    The transform is cropped or padded and multiplied by box / D, like that of images (`image_to_half_plane`).
+    """
+    old = volume.shape[-1]
+    if box == old:
+        return volume
+    if not volume.numel():
+        return volume.new_zeros(*volume.shape[:-3], box, box, box)
+    spectrum, n = volume_to_fourier(volume), min(box, old)
+    a, b = old // 2 - n // 2, box // 2 - n // 2
+    new = spectrum.new_zeros(*volume.shape[:-3], box, box, box // 2 + 1)
+    new[..., b : b + n, b : b + n, : n // 2 + 1] = spectrum[..., a : a + n, a : a + n, : n // 2 + 1]
+    return fourier_to_volume(new) * (box / old)
+
+
 def radius(box: int, dims: int, device: torch.device | str = "cpu") -> Tensor:
     """Distance from the centre pixel, in pixels: (D, D) or (D, D, D)."""
     square = (torch.arange(box, device=device, dtype=torch.float32) - box // 2).square()

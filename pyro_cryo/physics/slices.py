@@ -12,6 +12,8 @@ trailing channel axis carries the components of a basis. Points with kx < 0 are 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -85,6 +87,59 @@ def add_to_grid(
     for index, weight in _corners(points, flip, grid.shape[-3], oversample):
         for target, values in pairs:
             target.index_add_(0, index if own is None else index + own, values * weight)
+
+
+@dataclass(frozen=True)
+class GridPoints:
+    """Where M points lie on a grid, worked out once for many maps: the basis of a family.
+
+    cell, weight: (M, 8) the grid points about each point
+    mirrored:     (M,) which points are read at -k and conjugated
+    """
+
+    cell: Tensor
+    weight: Tensor
+    mirrored: Tensor
+
+    @staticmethod
+    def of(coordinates: Tensor, n: int, oversample: int = 2) -> GridPoints:
+        """Points (*batch, M, 3) in cycles a box on grids (n, n, n / 2 + 1)."""
+        points = coordinates.reshape(-1, 3)
+        mirrored = points[:, 0] < 0
+        cell = weight = None
+        for number, (index, share) in enumerate(_corners(points, mirrored, n, oversample)):
+            if cell is None or weight is None:
+                cell, weight = index.new_empty(len(points), 8), share.new_empty(len(points), 8)
+            cell[:, number], weight[:, number] = index, share
+        assert cell is not None
+        assert weight is not None
+        return GridPoints(cell, weight, mirrored)
+
+    def read(self, grid: Tensor) -> Tensor:
+        """`read_grid` of channels, a grid (n, n, n / 2 + 1, C): complex (M, C)."""
+        rows = torch.view_as_real(grid).flatten(0, 2).flatten(1)
+        # A weighted sum of rows is what an embedding bag is, and its kernel is several times faster than gathers.
+        value = torch.nn.functional.embedding_bag(self.cell, rows, per_sample_weights=self.weight, mode="sum")
+        values = torch.view_as_complex(value.unflatten(-1, (-1, 2)))
+        return torch.where(self.mirrored[:, None], values.conj(), values)
+
+    def add(self, grids: Tensor, values: Tensor) -> None:
+        """`add_to_grid` of complex or real values (C, M) to grids (C, n, n, n / 2 + 1), in place."""
+        if values.is_complex():
+            values = torch.where(self.mirrored, values.conj(), values)
+        flat = grids.flatten(1)
+
+        def one(channel: int) -> None:
+            for index, weight in corners:
+                flat[channel].index_add_(0, index, values[channel] * weight)
+
+        corners = list(zip(self.cell.T.contiguous(), self.weight.T.contiguous(), strict=True))
+        if grids.device.type != "cpu":
+            for channel in range(len(grids)):
+                one(channel)
+            return
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scattering is serial: a channel a thread
+            list(pool.map(one, range(len(grids))))
 
 
 def _corners(points: Tensor, flip: Tensor, n: int, oversample: int) -> Iterator[tuple[Tensor, Tensor]]:

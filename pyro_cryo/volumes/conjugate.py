@@ -124,6 +124,15 @@ class VoxelPosterior:
         """The same images under another prior."""
         return replace(self, tau=tau)
 
+    def counted(self, times: Tensor) -> VoxelPosterior:
+        """The posterior of a map that the images show `times` () as strongly; its rhs is to be set."""
+        return replace(self, spectrum=self.spectrum * times, seen=self.seen * times)
+
+    def stepped(self, volume: Tensor, score: Tensor) -> VoxelPosterior:
+        """With the rhs that the images' score (D, D, D), the gradient of their log likelihood, tells at `volume`."""
+        here = convolve(self.spectrum, volume[self.crop]) + score[self.crop]
+        return replace(self, rhs=here)
+
     def information(self) -> Tensor:
         """What the images say about a coefficient of u, averaged over each shell: (L,), in the units of 1 / tau^2."""
         return self.seen * self.scale.square().mean()

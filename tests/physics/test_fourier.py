@@ -13,6 +13,7 @@ from pyro_cryo.physics.fourier import (
     half_radius,
     image_to_half_plane,
     radius,
+    resize,
     shift_phase,
     soft_disc,
     volume_to_fourier,
@@ -152,3 +153,16 @@ def test_an_odd_or_tiny_box_is_refused(box: int) -> None:
 def test_images_that_do_not_crop_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="do not crop to an even box of 32"):
         image_to_half_plane(torch.zeros(shape), HalfPlane.of(32))
+
+
+@pytest.mark.parametrize("box", [12, 20])
+def test_a_resized_map_is_what_resized_images_show(box: int) -> None:
+    volume = torch.randn(2, 16, 16, 16, generator=seeded())
+    band = HalfPlane.of(min(box, 16))
+    shown = image_to_half_plane(resize(volume, box).sum(-3), HalfPlane.of(box))[:, : len(band)]
+    cropped = image_to_half_plane(volume.sum(-3), band) * (max(box, 16) / 16)
+    torch.testing.assert_close(shown, cropped, rtol=1e-4, atol=1e-5)
+
+
+def test_no_map_is_resized_to_none() -> None:
+    assert resize(torch.zeros(0, 16, 16, 16), 12).shape == (0, 12, 12, 12)

@@ -11,6 +11,7 @@ from pyro_cryo.data.blobs import Complex, hinge
 from pyro_cryo.physics.fourier import HalfPlane, image_to_half_plane, radius
 from pyro_cryo.physics.rotations import exp, random_rotations
 from pyro_cryo.physics.slices import (
+    GridPoints,
     add_to_grid,
     convolve,
     crop_kernel,
@@ -200,6 +201,34 @@ def test_channels_read_as_one_by_one() -> None:
     assert together.shape == (2, 30, 3)
     for c in range(3):
         torch.testing.assert_close(together[..., c], read_grid(fourier_grid(volumes[c]), points))
+
+
+def test_grid_points_read_and_add_like_the_functions(device: str) -> None:
+    box, channels = 16, 3
+    points = points_in_ball(200, box / 2, torch.float32).to(device)
+    grid = fourier_grid(torch.randn(channels, box, box, box, generator=seeded())).to(device)
+    where = GridPoints.of(points, grid.shape[0])
+    torch.testing.assert_close(where.read(grid), read_grid(grid, points))
+    values = torch.randn(channels, len(points), dtype=torch.complex64, generator=seeded(1)).to(device)
+    found = torch.zeros_like(grid.movedim(-1, 0)).contiguous()
+    where.add(found, values)
+    expected = torch.zeros_like(found)
+    for one, value in zip(expected, values, strict=True):
+        add_to_grid(one, points, value)
+    torch.testing.assert_close(found, expected)
+    weights = torch.zeros(1, *grid.shape[:3], device=device)
+    where.add(weights, torch.ones(1, len(points), device=device))
+    expected_weight = torch.zeros_like(weights[0])
+    add_to_grid(expected_weight, points, torch.ones(len(points), device=device))
+    torch.testing.assert_close(weights[0], expected_weight)
+
+
+def test_convolving_in_parts_is_convolving_at_once() -> None:
+    box = 40  # large enough for several parts
+    spectrum, volume = torch.rand(2 * box, 2 * box, box + 1), torch.randn(2, box, box, box, generator=seeded())
+    padded = torch.fft.rfftn(volume, s=(2 * box,) * 3, dim=(1, 2, 3))
+    whole = torch.fft.irfftn(padded * spectrum, s=(2 * box,) * 3, dim=(1, 2, 3))[:, :box, :box, :box]
+    torch.testing.assert_close(convolve(spectrum, volume), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_the_toeplitz_kernel_is_the_normal_operator() -> None:

@@ -1,0 +1,354 @@
+"""Exact inference of shape where images are linear in coefficients of a basis of maps: no encoder, no descent.
+
+An image is x = sum_c y_c B_c + noise, B_c the slice of map c, and all that it says about y is its Gram matrix and
+projection: log p(x | y) = b.y - y.G y / 2 + constant. What y may be is a function of the contrast a and of z:
+
+    linear   y = a (1, z),    z ~ Normal(0, I)
+    curved   y = a phi(z),    z one of L points, phi smooth functions on them
+
+and a ~ Normal(1, contrast_sd). Given these, posterior moments of y, z and a and the evidence are closed forms, but for
+a one-dimensional quadrature over a.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.distributions.atoms import Atoms
+from pyro_cryo.physics.fourier import shift_phase
+from pyro_cryo.physics.slices import GridPoints, slice_coordinates
+from pyro_cryo.volumes.conjugate import noise_sd
+from pyro_cryo.volumes.sized import Sized
+
+NODES = 7  # of the quadrature over the contrast
+LEAST_CONTRAST_SD = 1e-3
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Whitened images and the slices of a basis at their poses.
+
+    points: where the slices lie on the grid
+    image:  (B, P) complex, shift undone, over sigma
+    empty:  (B,) log density of the images if there were nothing in them, without the 2 pi
+    factor: (B, P) the CTF over sigma
+    slices: (B, P, C) complex, times `factor`
+    """
+
+    points: GridPoints
+    image: Tensor
+    empty: Tensor
+    factor: Tensor
+    slices: Tensor
+
+    @staticmethod
+    def of(batch: Batch, grid: Tensor, sigma: Tensor, scale: float = 1.0) -> Projected:
+        """Images beside a grid (n, n, n / 2 + 1, C) of maps times `scale`; sigma (noise groups, shells)."""
+        sd = noise_sd(batch, sigma)
+        shift = shift_phase(batch.half.k, batch.translation, batch.half.box)
+        image = torch.view_as_complex(batch.image) * shift.conj() / sd
+        factor = batch.ctf / sd
+        empty = -0.5 * torch.view_as_real(image).square().sum((1, 2)) - 2 * sd.log().sum(1)
+        coordinates = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
+        points = GridPoints.of(coordinates, grid.shape[0])
+        slices = points.read(grid).unflatten(0, factor.shape) * (scale * factor)[..., None]
+        return Projected(points, image, empty, factor, slices)
+
+    def equivalents(self, batch: Batch, symmetry: Tensor, n: int) -> Iterator[GridPoints]:
+        """The points of each view of the images that a point group (G, 3, 3) makes equivalent to their own."""
+        yield self.points
+        for element in symmetry[1:]:
+            coordinates = slice_coordinates(batch.rotation @ element, batch.half.k, batch.freq_scale)
+            yield GridPoints.of(coordinates, n)
+
+    def seen(self) -> Seen:
+        """What the images say about the coefficients."""
+        columns = torch.view_as_real(self.slices).transpose(-1, -2).flatten(1, 2)
+        values = torch.view_as_real(self.image).flatten(1)
+        return Seen(columns.mT @ columns, (columns.mT @ values[..., None])[..., 0], self.empty)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """gram (B, C, C), projection (B, C), empty (B,): log p(x | y) = empty + projection . y - y . gram y / 2."""
+
+    gram: Tensor
+    projection: Tensor
+    empty: Tensor
+
+    def first(self, rank: int) -> Seen:
+        """Of the first map and `rank` others alone."""
+        return Seen(self.gram[:, : 1 + rank, : 1 + rank], self.projection[:, : 1 + rank], self.empty)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Posterior moments, of each image or summed over some.
+
+    y (*batch, C), yy (*batch, C, C); z (*batch, r), zz (*batch, r, r); a (*batch,) contrast, aa (*batch,)
+    weight (*batch, L): posterior of the points of a curved family, else L = 0
+    evidence (*batch,): log p(x), without the 2 pi of the density
+    """
+
+    y: Tensor
+    yy: Tensor
+    z: Tensor
+    zz: Tensor
+    a: Tensor
+    aa: Tensor
+    weight: Tensor
+    evidence: Tensor
+
+    def total(self) -> Moments:
+        """Summed over the images."""
+        return Moments(**{f.name: getattr(self, f.name).sum(0) for f in fields(self)})
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def over(self, count: int) -> Moments:
+        """Divided by how many there were."""
+        return Moments(**{f.name: getattr(self, f.name) / count for f in fields(self)})
+
+    @property
+    def z_cov(self) -> Tensor:
+        """(*batch, r, r)"""
+        return self.zz - self.z[..., :, None] * self.z[..., None, :]
+
+
+class Coefficients(Sized, ABC):
+    """What coefficients an image may have, and their posterior.
+
+    contrast_sd: () of the images' contrast about 1; 0 holds it at 1
+    """
+
+    contrast_sd: Tensor
+
+    def __init__(self, contrast_sd: float) -> None:
+        super().__init__()
+        self.register_buffer("contrast_sd", torch.tensor(float(contrast_sd)))
+        self.contrast_varies = contrast_sd > 0
+
+    @abstractmethod
+    def at(self, z: Tensor) -> Tensor:
+        """y at z (*batch, r) and a contrast of 1: (*batch, C)."""
+
+    @abstractmethod
+    def first(self, rank: int) -> Coefficients:
+        """Those of the first map and `rank` others alone."""
+
+    @abstractmethod
+    def moments(self, seen: Seen) -> Moments:
+        """The E-step of each image."""
+
+    @abstractmethod
+    def sample(self, seen: Seen) -> None:
+        """Sample `z`, and `contrast` where it varies, from the posterior of each image: the guide's statements."""
+
+    def learn(self, mean: Moments) -> None:
+        """The M-step of what is unknown about the coefficients, from moments averaged over all images."""
+        if self.contrast_varies:
+            self.contrast_sd.copy_((mean.aa - 2 * mean.a + 1).clamp_min(LEAST_CONTRAST_SD**2).sqrt())
+
+
+class LinearCoefficients(Coefficients):
+    """y = a (1, z), z ~ Normal(0, I_r)."""
+
+    def at(self, z: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(z[..., :1]), z], -1)
+
+    def first(self, rank: int) -> LinearCoefficients:
+        return self
+
+    def sample(self, seen: Seen) -> None:
+        a = torch.ones_like(seen.projection[:, 0])
+        if self.contrast_varies:
+            moments = self.moments(seen)
+            sd = (moments.aa - moments.a.square()).clamp_min(LEAST_CONTRAST_SD**2).sqrt()
+            a = pyro.sample("contrast", dist.Normal(moments.a, sd))
+        gram = seen.gram * a[:, None, None].square()
+        score = seen.projection[:, 1:] * a[:, None] - gram[:, 1:, 0]
+        precision = gram[:, 1:, 1:] + torch.eye(score.shape[1], dtype=score.dtype, device=score.device)
+        mean = torch.linalg.solve(precision, score)
+        pyro.sample("z", dist.MultivariateNormal(mean, precision_matrix=precision))
+
+    def moments(self, seen: Seen) -> Moments:
+        gram, projection = seen.gram, seen.projection
+        eigenvalue, basis = torch.linalg.eigh(gram[:, 1:, 1:])
+        eigenvalue = eigenvalue.clamp_min(0)
+        image = (basis.mT @ projection[:, 1:, None])[..., 0]
+        mean_map = (basis.mT @ gram[:, 1:, :1])[..., 0]
+        first, square = projection[:, 0], gram[:, 0, 0]
+        a, log_weight = self._contrast(eigenvalue, image, mean_map, first, square)
+        weight = log_weight.softmax(-1)  # (B, K)
+        value, variance = _given(a, eigenvalue, image, mean_map)  # z in the eigenbasis: (B, K, r)
+        z = torch.einsum("bk,bkr->br", weight, value)
+        zz = _outer(weight, value, variance)
+        az, aaz = (torch.einsum("bk,bkr->br", weight * a**n, value) for n in (1, 2))
+        aazz = _outer(weight * a.square(), value, variance)
+        mean_a, mean_aa = (weight * a).sum(-1), (weight * a.square()).sum(-1)
+        y = torch.cat([mean_a[:, None], _turn(basis, az)], -1)
+        corner = _turn(basis, aaz)
+        top = torch.cat([mean_aa[:, None], corner], -1)
+        yy = torch.cat([top[:, None], torch.cat([corner[..., None], basis @ aazz @ basis.mT], -1)], -2)
+        return Moments(
+            y, yy, _turn(basis, z), basis @ zz @ basis.mT, mean_a, mean_aa, z.new_zeros(len(z), 0),
+            seen.empty + log_weight.logsumexp(-1),
+        )  # fmt: skip
+
+    def _contrast(
+        self, eigenvalue: Tensor, image: Tensor, mean_map: Tensor, first: Tensor, square: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Nodes a (B, K) about the mode of each image's contrast and log weights (B, K), which add up to p(x)."""
+        sd = self.contrast_sd
+
+        def log_joint(a: Tensor) -> Tensor:
+            value, _ = _given(a, eigenvalue, image, mean_map)
+            gain = 0.5 * ((1 + a[..., None].square() * eigenvalue[:, None]) * value.square()).sum(-1)
+            log_det = 0.5 * torch.log1p(a[..., None].square() * eigenvalue[:, None]).sum(-1)
+            prior = 0.5 * ((a - 1) / sd.clamp_min(LEAST_CONTRAST_SD)).square()
+            return a * first[:, None] - 0.5 * a.square() * square[:, None] + gain - log_det - prior
+
+        one = torch.ones_like(first)[:, None]
+        if not self.contrast_varies:
+            return one, log_joint(one)
+        # The mode by Newton's method on differences, then Gauss-Hermite quadrature with the curvature found there.
+        mode, step = one, 0.1 * sd
+        for _ in range(4):
+            low, middle, high = (log_joint(mode + shift) for shift in (-step, torch.zeros_like(step), step))
+            curvature = ((2 * middle - low - high) / step.square()).clamp_min(0.25 / sd.square())
+            move = (high - low) / (2 * step) / curvature
+            mode = (mode + move.clamp(-2 * sd, 2 * sd)).clamp(1 - 5 * sd, 1 + 5 * sd)
+        width = curvature.rsqrt()
+        nodes, weights = (torch.as_tensor(v, dtype=mode.dtype, device=mode.device) for v in _hermite())
+        a = mode + width * nodes
+        measure = weights.log() + 0.5 * nodes.square() + (width / sd).log()
+        return a, log_joint(a) + measure
+
+
+class CurvedCoefficients(Coefficients):
+    """y = a phi(z), z one of the points (L, r) with probability exp(log_weight), phi_0 = 1.
+
+    The other phi are the leading kernel principal components of the points, of variance one and mean zero over them,
+    for a Gaussian kernel of `width` in the metric |root (z - z')|. The width is the one at which the last of `most`
+    components has 1% of the first one's variance, at least 1; those of less than 0.1% are left out.
+    """
+
+    points: Tensor
+    log_weight: Tensor
+    root: Tensor
+    width: Tensor
+    offset: Tensor
+    extension: Tensor
+    features: Tensor
+
+    def __init__(self, contrast_sd: float) -> None:
+        super().__init__(contrast_sd)
+        for name in ("points", "log_weight", "root", "width", "offset", "extension", "features"):
+            self.register_buffer(name, torch.zeros(0))
+
+    @staticmethod
+    def through(points: Tensor, root: Tensor, contrast_sd: float, most: int = 24) -> CurvedCoefficients:
+        """Features of points (L, r) in the metric of root (r, r); all points alike at first."""
+        made = CurvedCoefficients(contrast_sd).to(points)
+        count = len(points)
+        square = torch.cdist(points @ root.T, points @ root.T).square().double()
+        low, high = 0.0, math.log(1e4)
+        for _ in range(30):
+            middle = 0.5 * (low + high)
+            value = torch.linalg.eigvalsh(torch.exp(-0.5 * square / math.exp(2 * middle))).flip(0)
+            low, high = (middle, high) if value[min(most, count - 1)] > 0.01 * value[0] else (low, middle)
+        kernel = torch.exp(-0.5 * square / math.exp(2 * middle))
+        offset = kernel.mean(0)
+        value, vector = torch.linalg.eigh(kernel - offset - offset[:, None] + offset.mean())
+        value, vector = value.flip(0)[:most], vector.flip(1)[:, :most]
+        kept = value > max(1e-3 * float(value[0]), 1e-9 * count)
+        vector, value = vector[:, kept] * math.sqrt(count), value[kept]
+        made.points, made.root, made.width = points, root, points.new_tensor(math.exp(middle))
+        made.offset, made.extension = offset.to(points), (vector / value).to(points)
+        made.features = torch.cat([torch.ones_like(offset)[:, None], vector], -1).to(points)
+        made.log_weight = torch.full_like(made.offset, -math.log(count))
+        return made
+
+    def at(self, z: Tensor) -> Tensor:
+        """phi at any z (*batch, r): (*batch, C); Nystroem's extension of the components."""
+        square = torch.cdist(z.reshape(-1, z.shape[-1]) @ self.root.T, self.points @ self.root.T).square()
+        kernel = torch.exp(-0.5 * square / self.width**2)
+        centred = kernel - kernel.mean(-1, keepdim=True) - self.offset + self.offset.mean()
+        values = torch.cat([torch.ones_like(kernel[:, :1]), centred @ self.extension], -1)
+        return values.reshape(*z.shape[:-1], -1)
+
+    def first(self, rank: int) -> CurvedCoefficients:
+        made = copy(self)
+        made._buffers = dict(self._buffers)
+        made.extension, made.features = self.extension[:, :rank], self.features[:, : 1 + rank]
+        return made
+
+    def sample(self, seen: Seen) -> None:
+        z = pyro.sample("z", Atoms(self.points, self.moments(seen).weight.log()))
+        if self.contrast_varies:
+            y = self.features[torch.cdist(z, self.points).argmin(-1)]
+            linear, square = (seen.projection * y).sum(-1), torch.einsum("bc,bcd,bd->b", y, seen.gram, y)
+            variance = self.contrast_sd.square() / (1 + self.contrast_sd.square() * square)
+            pyro.sample("contrast", dist.Normal(1 + variance * (linear - square), variance.sqrt()))
+
+    def moments(self, seen: Seen) -> Moments:
+        pairs = _pairs(self.features)
+        linear = seen.projection @ self.features.T  # of the image with each point's map: (B, L)
+        square = seen.gram.flatten(1) @ pairs.T
+        s2 = self.contrast_sd.square()
+        shrunk = 1 / (1 + s2 * square)
+        difference = s2 * (linear - square) * shrunk  # of the contrast from 1
+        log_joint = linear - 0.5 * square + 0.5 * difference * (linear - square) + 0.5 * shrunk.log() + self.log_weight
+        evidence = log_joint.logsumexp(-1)
+        weight = (log_joint - evidence[:, None]).exp()
+        a, aa = weight * (1 + difference), weight * ((1 + difference).square() + s2 * shrunk)
+        zz = _pairs(self.points)
+        return Moments(
+            a @ self.features, (aa @ pairs).unflatten(1, (self.features.shape[1],) * 2),
+            weight @ self.points, (weight @ zz).unflatten(1, (self.points.shape[1],) * 2),
+            a.sum(-1), aa.sum(-1), weight, seen.empty + evidence,
+        )  # fmt: skip
+
+    def learn(self, mean: Moments) -> None:
+        super().learn(mean)
+        self.log_weight.copy_((mean.weight + 1e-6).log())
+
+
+def _given(a: Tensor, eigenvalue: Tensor, image: Tensor, mean_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean and variance of z in the eigenbasis given contrasts a (B, K): (B, K, r)."""
+    a = a[..., None]
+    variance = 1 / (1 + a.square() * eigenvalue[:, None])
+    return variance * a * (image[:, None] - a * mean_map[:, None]), variance
+
+
+def _outer(weight: Tensor, value: Tensor, variance: Tensor) -> Tensor:
+    """Sum over nodes of weight (value value' + diag variance): (B, r, r)."""
+    spread = torch.diag_embed(torch.einsum("bk,bkr->br", weight, variance))
+    return torch.einsum("bk,bki,bkj->bij", weight, value, value) + spread
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """The outer product of each row with itself: (L, C) -> (L, C^2)."""
+    return (rows[:, :, None] * rows[:, None, :]).flatten(1)
+
+
+def _turn(basis: Tensor, values: Tensor) -> Tensor:
+    return (basis @ values[..., None])[..., 0]
+
+
+def _hermite() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of quadrature with the standard normal density."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+    return nodes, weights / math.sqrt(2 * math.pi)

@@ -1,0 +1,187 @@
+"""Expectation maximisation for a basis of voxel maps whose coefficients have an exact posterior.
+
+A pass over the images sums, with posterior moments of the coefficients y, the gradient of every map's log likelihood,
+
+    score_c = A^H W (E[y_c] x - sum_d E[y_c y_d] A V_d),
+
+and what is new about noise and coefficients. The M-step solves, for each map by conjugate gradients,
+
+    (<y_c^2> A^H W A + prior) V_c = <y_c^2> A^H W A V_c_before + score_c,
+
+which takes the mean over images <y y'> for diagonal, as it is where coefficients are whitened. The fixed point is that
+of exact EM, and one kernel serves all maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.coefficients import Coefficients, Moments, Projected
+from pyro_cryo.inference.reconstruct import add_shells, noise_floor
+from pyro_cryo.physics.slices import fourier_grid, fourier_grid_adjoint
+from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, first_tau, mackay_tau
+
+POINTS = 1 << 15  # coefficients a batch on a CPU: what is read and written for them stays in its cache
+POINTS_GPU = 1 << 21
+KEPT_BYTES = 1 << 30  # particles of a small band that are kept in memory from pass to pass
+
+
+@dataclass
+class Maps:
+    """A basis as it is being fitted.
+
+    values: (C, b, b, b) on the scale of images cropped to b pixels
+    scale:  (2, b, b, b) prior sd of each voxel up to tau: of the first map, and of all others
+    tau:    (C, b / 2 + 1) prior sd by shell; None before the first M-step
+    sigma:  (noise groups, b / 2 + 1) noise sd
+    """
+
+    values: Tensor
+    scale: Tensor
+    sigma: Tensor
+    tau: Tensor | None = None
+
+    @property
+    def box(self) -> int:
+        """b"""
+        return self.values.shape[-1]
+
+
+class EM:
+    """Passes over the same images. `step` makes one, and an M-step after it.
+
+    particles:    of the maps' own box
+    symmetry:     (G, 3, 3): an image counts 1 / G from each of its equivalent views
+    """
+
+    def __init__(
+        self,
+        particles: Particles,
+        maps: Maps,
+        coefficients: Coefficients,
+        symmetry: Tensor,
+        progress: Progress = quiet,
+        title: str = "em",
+    ) -> None:
+        self.particles, self.maps, self.coefficients, self.symmetry = particles, maps, coefficients, symmetry
+        self.progress, self.title = progress, title
+        self.device = maps.values.device
+        self.mean: Moments | None = None
+        self.gram = torch.zeros(0)
+        points = POINTS if self.device.type == "cpu" else POINTS_GPU
+        self.batch_size = max(1, points // len(particles.half))
+        self._weight: Tensor | None = None
+        self._posterior: list[VoxelPosterior] = []
+        bytes_kept = len(particles) * len(particles.half) * 12
+        self._kept = list(self._read()) if bytes_kept <= KEPT_BYTES else None
+
+    def _read(self) -> Iterable[Batch]:
+        return self.particles.batches(self.batch_size, device=self.device)
+
+    def begin(self, draw: Callable[[Moments], Moments]) -> None:
+        """A pass with coefficients that are drawn, not inferred: from here the maps move."""
+        score, self.mean, _ = self._expect(draw)
+        self._maximise(score, self.mean)
+
+    def step(self) -> float:
+        """One pass and M-step; the evidence before it, nats an image (without the 2 pi of the density)."""
+        first = not self._posterior
+        score, self.mean, noise = self._expect(lambda moments: moments)
+        self._maximise(score, self.mean)
+        self.coefficients.learn(self.mean)
+        if not first:  # when the maps' variance was not yet known
+            self.maps.sigma = noise
+        return float(self.mean.evidence)
+
+    def _expect(self, taken: Callable[[Moments], Moments]) -> tuple[Tensor, Moments, Tensor]:
+        maps, grid = self.maps, fourier_grid(self.maps.values)
+        score = torch.zeros(grid.shape[-1], *grid.shape[:3], dtype=grid.dtype, device=self.device)
+        weighing = self._weight is None
+        weight = torch.zeros(1, *grid.shape[:3], device=self.device)
+        variance = self._variance()
+        total: Moments | None = None
+        gram = torch.zeros(grid.shape[-1], grid.shape[-1], device=self.device)
+        square = torch.zeros_like(maps.sigma)
+        count = torch.zeros_like(square)
+        batches = self._read() if self._kept is None else self._kept
+        for batch in self.progress(batches, -(-len(self.particles) // self.batch_size), self.title):
+            seen = Projected.of(batch, grid, maps.sigma)
+            said = seen.seen()
+            moments = taken(self.coefficients.moments(said))
+            explained = seen.slices @ moments.yy.to(seen.slices.dtype)
+            residual = moments.y[:, None] * seen.image[..., None] - explained
+            value = (residual * (seen.factor / len(self.symmetry))[..., None]).flatten(0, 1).T.contiguous()
+            share = (seen.factor.square() / len(self.symmetry)).flatten()[None]
+            for points in seen.equivalents(batch, self.symmetry, grid.shape[0]):
+                points.add(score, value)
+                if weighing:
+                    points.add(weight, share)
+            fitted = (seen.slices * moments.y[:, None]).sum(-1)
+            left = seen.image.abs().square() - 2 * (seen.image.conj() * fitted).real
+            left = left + (seen.slices.conj() * explained).real.sum(-1)
+            spread = torch.diagonal(moments.yy, dim1=1, dim2=2) @ variance
+            left = left + seen.factor.square() * spread[:, batch.half.shell]
+            # whitened residuals times sigma: what add_shells takes for a premultiplied stack is already divided out
+            sd = maps.sigma[batch.noise_group][:, batch.half.shell]
+            add_shells(square, count, left * sd.square(), replace(batch, noise_scale=None))
+            gram += said.gram.sum(0)
+            total = moments.total() if total is None else total + moments.total()
+        assert total is not None
+        self.gram = gram / len(self.particles)
+        if weighing:
+            self._weight = weight[0]
+            empty = NormalEquations(maps.box, torch.zeros_like(score[0]), weight[0])
+            order = len(self.symmetry)
+            first = empty.posterior(maps.scale[0], order=order)
+            self._posterior = [first, empty.posterior(maps.scale[1], order=order, like=first)]
+        noise = noise_floor((0.5 * square / count.clamp_min(1)).sqrt())
+        noise = torch.where(count > 0, noise, maps.sigma)
+        return score, total.over(len(self.particles)), noise
+
+    def _variance(self) -> Tensor:
+        """Posterior variance of a slice's coefficient of each map by shell, (C, L); 0 at first.
+
+        D times the mean over voxels of scale^2 / (seen scale^2 + 1 / tau^2).
+        """
+        maps = self.maps
+        if maps.tau is None or not self._posterior:
+            return torch.zeros(len(maps.values), maps.box // 2 + 1, device=self.device)
+        assert self.mean is not None
+        square = torch.diagonal(self.mean.yy)
+        variance = []
+        for c in range(len(maps.values)):
+            posterior = self._of(c).counted(square[c]).with_tau(maps.tau[c])
+            variance.append(posterior.determined() / posterior.seen.clamp_min(1e-30))
+        return maps.box / len(self.symmetry) * torch.stack(variance)
+
+    def evidence(self, particles: Particles, ranks: Sequence[int]) -> Tensor:
+        """log p of each image with only the first r maps beside the mean, for each r of `ranks`: (ranks, N)."""
+        grid, each = fourier_grid(self.maps.values), []
+        for batch in particles.batches(self.batch_size, device=self.device):
+            seen = Projected.of(batch, grid, self.maps.sigma).seen()
+            each.append(torch.stack([self.coefficients.first(r).moments(seen.first(r)).evidence for r in ranks]))
+        return torch.cat(each, 1)
+
+    def _of(self, component: int) -> VoxelPosterior:
+        return self._posterior[min(component, 1)]
+
+    def _maximise(self, score: Tensor, mean: Moments) -> None:
+        maps = self.maps
+        square = torch.diagonal(mean.yy)
+        values, tau = [], []
+        for c in range(len(maps.values)):
+            ascent = fourier_grid_adjoint(score[c], maps.box)
+            posterior = self._of(c).counted(square[c]).stepped(maps.values[c], ascent)
+            prior = first_tau(posterior) if maps.tau is None else maps.tau[c]
+            posterior = posterior.with_tau(prior)
+            e = posterior.mean(3e-2)
+            values.append(posterior.to_map(e))
+            tau.append(mackay_tau(posterior, e))
+        maps.values, maps.tau = torch.stack(values), torch.stack(tau)
