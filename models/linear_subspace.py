@@ -141,7 +141,7 @@ class LinearSubspace(CryoModel):
     def map(self, z: Tensor | None = None) -> Tensor:
         assert z is not None
         y = self.coefficients.at(z)
-        y = torch.cat([torch.zeros_like(y[..., :1]), y[..., 1:]], -1)  # the first map is a part of the consensus
+        y = torch.cat([y[..., :1] - 1, y[..., 1:]], -1)  # the first map is a part of the consensus
         return self.consensus.map(z) + self.volume.map(y)
 
     def write_results(self, folder: Path, particles: Particles) -> None:

@@ -11,8 +11,8 @@ T = TypeVar("T")
 class Progress:
     """Shows nothing: hands the items through."""
 
-    def __call__(self, items: Iterable[T], total: int, title: str, done: int = 0) -> Iterator[T]:
-        """The items of a piece of work, `done` of `total` behind it."""
+    def __call__(self, items: Iterable[T], total: int, title: str, done: int = 0, unit: str = "batch") -> Iterator[T]:
+        """The items of a piece of work, `done` of `total` behind it; `unit` is what one of them is called."""
         return iter(items)
 
     def note(self, text: str) -> None:
@@ -25,10 +25,10 @@ class Bar(Progress):
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def __call__(self, items: Iterable[T], total: int, title: str, done: int = 0) -> Iterator[T]:
+    def __call__(self, items: Iterable[T], total: int, title: str, done: int = 0, unit: str = "batch") -> Iterator[T]:
         from tqdm import tqdm
 
-        self._bar = tqdm(items, total=total, desc=title, unit="batch", initial=done, dynamic_ncols=True)
+        self._bar = tqdm(items, total=total, desc=title, unit=unit, initial=done, dynamic_ncols=True)
         with self._bar:
             yield from self._bar
 

@@ -78,7 +78,7 @@ def cryodrgn_run(toy: Path, command: Command, tmp_path_factory: pytest.TempPathF
 def homogeneous_run(toy: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of homogeneous on the toy; to be read only."""
     out = tmp_path_factory.mktemp("runs") / "homogeneous"
-    assert command("fit", toy, "-o", out, "--threads", 1, "--device", "cpu", "--quiet") == 0
+    assert command("fit", toy, "-o", out, "--model", "homogeneous", "--threads", 1, "--device", "cpu", "--quiet") == 0
     return out
 
 

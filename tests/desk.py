@@ -36,6 +36,10 @@ class Desk:
         return self.folder / "out"
 
     @property
+    def npz(self) -> Path:
+        return self.folder / "z.npz"
+
+    @property
     def still(self) -> Path:
         return self.folder / "homogeneous"
 
@@ -78,7 +82,9 @@ class Desk:
         return {str(p): p.read_bytes() if p.is_file() else b"" for p in paths}
 
     def fit(self, *options: object, star: Path | None = None) -> tuple[object, ...]:
-        return "fit", star or self.star, "-o", self.out, "--device", "cpu", "--quiet", *options
+        """Of one map, unless told otherwise."""
+        where = (star or self.star, "-o", self.out, "--device", "cpu", "--quiet")
+        return "fit", *where, "--model", "homogeneous", *options
 
     def resume(self, *options: object, star: Path | None = None) -> tuple[object, ...]:
         """Of the run `moving`, asked for as it was, but for what follows."""

@@ -82,11 +82,32 @@ RUNS: dict[str, tuple[Kind, str]] = {
         "z.npy has a value that is not finite",
     ),
     "no clusters": (lambda d: ("volumes", d.moving, "--kmeans", 0, "-o", d.out), "0 clusters"),
+    "no peaks": (lambda d: ("volumes", d.moving, "--peaks", 0, "-o", d.out), "0 peaks; give 1 or more"),
+    "peaks of one map": (lambda d: ("volumes", d.still, "--peaks", 2, "-o", d.out), "a fit of one map, without z"),
+    "peaks of z that does not vary": (
+        lambda d: (
+            np.savez(d.moving / "latent.npz", index=np.arange(9), z=np.ones((9, 2)), z_cov=np.zeros((9, 2, 2))),
+            ("volumes", d.moving, "--peaks", 2, "-o", d.out),
+        )[1],
+        "z is the same for all 9 particles",
+    ),
     "component beyond": (lambda d: ("volumes", d.moving, "--path-along", 3, "-o", d.out), "component 3 of 2"),
     "no steps": (lambda d: ("volumes", d.moving, "--path-along", 1, "--steps", 0, "-o", d.out), "0 steps"),
     "low pass at nothing": (
-        lambda d: ("volumes", d.moving, "--index", 0, "--low-pass", 0, "-o", d.out),
+        lambda d: ("volumes", d.moving, "--index", 0, "--low-pass", 0, "-o", d.out, "--quiet"),
         "resolution 0.0 is not positive",
+    ),
+    "B factor that is no number": (
+        lambda d: ("volumes", d.moving, "--index", 0, "--bfactor", "sharp", "-o", d.out),
+        "'sharp' is neither auto nor a number of angstrom^2",
+    ),
+    "B factor without half-maps": (
+        lambda d: ("volumes", d.moving, "--index", 0, "--bfactor", "auto", "-o", d.out),
+        "no B factor can be estimated: ",
+    ),
+    "B factor of coarse pixels": (
+        lambda d: ("volumes", d.still, "--bfactor", "auto", "-o", d.out),
+        "no B factor can be fitted between 10 and",
     ),
     "maps that are there": (
         lambda d: (d.file("volumes.npz", ""), ("volumes", d.moving, "--index", 0, "-o", d.folder))[1],
@@ -128,6 +149,45 @@ RUNS: dict[str, tuple[Kind, str]] = {
         "gone/k.star does not exist; make it first",
     ),
 }
+ENCODINGS: dict[str, tuple[Kind, str]] = {
+    "no run": (lambda d: ("encode", d.star.parent, d.toy, "-o", d.npz), "case is not a run: it has no run.json"),
+    "a run of one map": (
+        lambda d: ("encode", d.still, d.toy, "-o", d.npz),
+        "Homogeneous has no latent coordinate z; fit a heterogeneous model",
+    ),
+    "no particles": (
+        lambda d: ("encode", d.moving, d.folder / "none.star", "-o", d.npz),
+        "none.star does not exist; check the path",
+    ),
+    "particles without poses": (
+        lambda d: ("encode", d.moving, d.toy.with_suffix(".mrcs"), "-o", d.npz, "--quiet"),
+        "particles.mrcs has no poses; give a cryoDRGN .pkl of poses",
+    ),
+    "smaller images": (
+        lambda d: ("encode", d.moving, d.star, "-o", d.npz),
+        "box 32 is larger than the images (16 pixels)",
+    ),
+    "another box": (
+        lambda d: ("encode", d.moving, d.toy, "--box", 16, "-o", d.npz),
+        "particles of 16 px, the run has 32",
+    ),
+    "another pixel size": (
+        lambda d: ("encode", d.moving, d.toy, "--apix", 3, "-o", d.npz),
+        "particles of 3 A a pixel, the run has 7.02",
+    ),
+    "another format": (
+        lambda d: ("encode", d.moving, d.toy, "-o", d.folder / "z.csv"),
+        "z.csv is not .npz; name the file by its format",
+    ),
+    "a file that is there": (
+        lambda d: ("encode", d.moving, d.toy, "-o", d.file("z.npz", "mine")),
+        "z.npz exists; give another -o, or --overwrite",
+    ),
+    "to no folder": (
+        lambda d: ("encode", d.moving, d.toy, "-o", d.folder / "gone" / "z.npz"),
+        "gone/z.npz does not exist; make it first",
+    ),
+}
 SIMULATIONS: dict[str, tuple[Kind, str]] = {
     "odd box": (lambda d: ("simulate", "--toy", "hinge", "--box", 15, "-o", d.out), "box 15"),
     "no signal": (lambda d: ("simulate", "--toy", "hinge", "--snr", 0, "-o", d.out), "snr 0.0 is not positive"),
@@ -154,14 +214,14 @@ SIMULATIONS: dict[str, tuple[Kind, str]] = {
         "b.mrc has 12 voxels",
     ),
     "a map of nothing": (
-        lambda d: ("simulate", "--map", d.map(np.zeros((16, 16, 16))), "--images", 4, "-o", d.out),
+        lambda d: ("simulate", "--map", d.map(np.zeros((16, 16, 16))), "--images", 4, "-o", d.out, "--quiet"),
         "no contrast",
     ),
     "a case that is there": (lambda d: ("simulate", "--toy", "hinge", "-o", d.star.parent), "already holds particles"),
 }
 ALL = {
     f"{group}: {name}": case
-    for group, cases in {"run": RUNS, "simulate": SIMULATIONS}.items()
+    for group, cases in {"run": RUNS, "encode": ENCODINGS, "simulate": SIMULATIONS}.items()
     for name, case in cases.items()
 }
 

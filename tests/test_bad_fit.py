@@ -101,7 +101,10 @@ IMAGES: dict[str, tuple[Kind, str]] = {
 }
 WITHOUT_MODEL = "class Model:\n    pass\n"
 MODELS: dict[str, tuple[Kind, str]] = {
-    "unknown model": (lambda d: d.fit("--model", "cryodragon"), "model 'cryodragon' is not known; expected cryodrgn"),
+    "unknown model": (
+        lambda d: d.fit("--model", "cryodragon"),
+        "model 'cryodragon' is not known; expected classes, cryodrgn",
+    ),
     "no model file": (lambda d: d.fit("--model", d.folder / "m.py"), "m.py does not exist"),
     "model file without a model": (
         lambda d: d.fit("--model", d.file("m.py", WITHOUT_MODEL)),
@@ -130,6 +133,20 @@ SETTINGS: dict[str, tuple[Kind, str]] = {
     "learning rate that is no number": (lambda d: d.fit("--lr", "nan"), "learning_rate is nan"),
     "a seed beyond": (lambda d: d.fit("--seed", 10**20), f"seed is {10**20}; expected 0 to"),
     "negative beta": (lambda d: d.fit("--beta", -1), "beta is -1"),
+    "batches of what is solved": (
+        lambda d: d.fit("--batch-size", 32),
+        "batch_size is 32, but Homogeneous is solved, not descended; leave --batch-size out",
+    ),
+    "default of what is solved": (lambda d: d.fit("-b", 16), "batch_size is 16, but Homogeneous is solved"),
+    "learning rate of what is solved": (
+        lambda d: d.fit("--lr", 0.1),
+        "learning_rate is 0.1, but Homogeneous is solved",
+    ),
+    "beta of what is solved": (lambda d: d.fit("--beta", 2), "beta is 2.0, but Homogeneous is solved"),
+    "warm-up of what is solved": (lambda d: d.fit("--warmup", 0), "warmup is 0.0, but Homogeneous is solved"),
+    "precision of what is solved": (lambda d: d.fit("--precision", "bf16"), "precision is bf16, but Homogeneous is"),
+    "compiling what is solved": (lambda d: d.fit("--compile"), "leave --compile out"),
+    "passes of what is solved": (lambda d: d.fit("--epochs", 3), "epochs is 3, but Homogeneous is solved"),
     "no threads": (lambda d: d.fit("--threads", 0), "threads is 0"),
     "unknown device": (lambda d: d.fit("--device", "abacus"), "device 'abacus' is not known; expected cpu, cuda"),
     "a GPU that is not there": (lambda d: d.fit("--device", "cuda:97"), "device cuda:97 is not there"),
@@ -144,7 +161,7 @@ SETTINGS: dict[str, tuple[Kind, str]] = {
     "resume with another setting": (lambda d: d.resume("--epochs", 5), "fitted with epochs 4, not 5"),
     "resume with another argument": (lambda d: d.resume("--zdim", 3), "fitted with zdim 2, not 3"),
     "resume of another model": (
-        lambda d: ("fit", d.toy, "-o", d.moving, "--resume", "--device", "cpu"),
+        lambda d: ("fit", d.toy, "-o", d.moving, "--model", "homogeneous", "--resume", "--device", "cpu"),
         "fitted with model CryoDRGN, not Homogeneous",
     ),
     "resume with other particles": (lambda d: d.resume("--first", 100), "is a fit of other particles"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pyro_cryo.analysis.latent import kmeans
 from pyro_cryo.cli import build_parser
+from pyro_cryo.cli.fit import DESCENT
 from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference.fit import Settings
 from pyro_cryo.inference.run import Run
 from pyro_cryo.recipes import recipes
 
@@ -123,7 +126,19 @@ def test_fit_of_the_users_own_model(toy: Path, tmp_path: Path, command: Command)
 def test_fit_of_some_images_in_a_smaller_box(toy: Path, tmp_path: Path, command: Command) -> None:
     rows = np.arange(0, 600, 3)
     np.save(tmp_path / "rows.npy", rows)
-    asked = ("--box", 24, "--subset", tmp_path / "rows.npy", "--first", 150, "--window", 0.9, "--normalize")
+    asked = (
+        "--model",
+        "homogeneous",
+        "--box",
+        24,
+        "--subset",
+        tmp_path / "rows.npy",
+        "--first",
+        150,
+        "--window",
+        0.9,
+        "--normalize",
+    )
     assert command("fit", toy, "-o", tmp_path / "run", *options(*asked)) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())["particles"]
     assert record["count"] == 150
@@ -137,21 +152,29 @@ def test_fit_of_some_images_in_a_smaller_box(toy: Path, tmp_path: Path, command:
 
 
 def test_inverted_images_give_the_negative_map(toy: Path, tmp_path: Path, homogeneous_run: Path, command) -> None:
-    assert command("fit", toy, "-o", tmp_path / "run", *options("--invert", "--mask", "none")) == 0
+    assert (
+        command("fit", toy, "-o", tmp_path / "run", *options("--model", "homogeneous", "--invert", "--mask", "none"))
+        == 0
+    )
     dark, bright = (read_map(folder / "map.mrc")[0] for folder in (tmp_path / "run", homogeneous_run))
     assert float((dark * bright).sum() / (dark.norm() * bright.norm())) < -0.95
     assert float(read_map(tmp_path / "run" / "mask.mrc")[0].min()) == 1
 
 
 def test_a_map_with_symmetry_has_it(toy: Path, tmp_path: Path, command: Command) -> None:
-    assert command("fit", toy, "-o", tmp_path / "run", *options("--symmetry", "C2", "--mask", "none")) == 0
+    assert (
+        command(
+            "fit", toy, "-o", tmp_path / "run", *options("--model", "homogeneous", "--symmetry", "C2", "--mask", "none")
+        )
+        == 0
+    )
     volume = read_map(tmp_path / "run" / "map.mrc")[0][1:, 1:, 1:]
     assert float((volume.flip(-1, -2) - volume).norm() / volume.norm()) < 0.05
     assert float((volume.flip(-1, -3) - volume).norm() / volume.norm()) > 0.2  # about no other axis
 
 
 def test_a_run_folder_is_resumed_or_refused(toy: Path, tmp_path: Path, command: Command) -> None:
-    asked = options("--first", 100, "--mask", "none")
+    asked = options("--model", "homogeneous", "--first", 100, "--mask", "none")
     assert command("fit", toy, "-o", tmp_path / "run", *asked, "--resume") == 0  # nothing there: it starts
     written = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert command("fit", toy, "-o", tmp_path / "run", *asked) == 2
@@ -235,6 +258,60 @@ def test_the_one_map_of_a_homogeneous_run(homogeneous_run: Path, tmp_path: Path,
     assert_array_equal(found["volumes"][0], read_map(homogeneous_run / "map.mrc")[0])
 
 
+def test_volumes_at_peaks(cryodrgn_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command) -> None:
+    run = Path(shutil.copytree(cryodrgn_run, tmp_path / "run"))
+    near = np.arange(600) % 3 > 0  # the state of most images
+    z = np.float32(np.where(near[:, None], [0.0, 0.0], [5.0, 3.0]) + np.random.default_rng(0).normal(size=(600, 2)) / 2)
+    np.savez(run / "latent.npz", index=np.arange(600), z=z, z_cov=np.zeros((600, 2, 2)))
+    assert command("volumes", run, "--peaks", 1, "-o", tmp_path / "one", "--quiet") == 0
+    assert near[series(tmp_path / "one")["index"]].tolist() == [True]
+    assert capsys.readouterr().err == ""
+    assert command("volumes", run, "--peaks", 9, "-o", tmp_path / "nine", "--quiet") == 0
+    found, said = series(tmp_path / "nine"), capsys.readouterr()
+    assert near[found["index"]].tolist() == [True, False]
+    assert_array_equal(found["z"], z[found["index"]])
+    assert said.err == "pyro-cryo: warning: the density of z has 2 peaks, not 9; so many maps are made\n"
+    assert said.out.startswith("2 maps")
+
+
+# ----------------------------------------------------------------------------------------------------------- encode
+def latents(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_encoded_particles_have_the_z_that_the_fit_gives_them(
+    toy: Path, cryodrgn_run: Path, tmp_path: Path, command: Command
+) -> None:
+    assert command("encode", cryodrgn_run, toy, "-o", tmp_path / "all.npz", "--quiet") == 0
+    found, fitted = latents(tmp_path / "all.npz"), latents(cryodrgn_run / "latent.npz")
+    assert set(found) == set(fitted)
+    for name in fitted:
+        assert_allclose(found[name], fitted[name], atol=1e-5)
+    np.save(tmp_path / "rows.npy", [7, 300, 5])
+    some = ("encode", cryodrgn_run, toy, "--subset", tmp_path / "rows.npy", "-o", tmp_path / "some.npz", "--quiet")
+    assert command(*some) == 0
+    assert_array_equal(latents(tmp_path / "some.npz")["index"], [0, 1, 2])
+    assert_allclose(latents(tmp_path / "some.npz")["z"], fitted["z"][[7, 300, 5]], atol=1e-5)
+    assert command(*some) == 2  # it exists
+    assert command(*some, "--first", 2, "--overwrite") == 0
+    assert len(latents(tmp_path / "some.npz")["z"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "rows.npy", "some.npz"]
+
+
+def test_images_are_encoded_as_the_run_treated_its_own(toy: Path, tmp_path: Path, command: Command) -> None:
+    small = ("--model", "cryodrgn", "--zdim", 2, "--set", "width=16", "--epochs", 1, "--first", 60)
+    treated = ("--box", 24, "--window", 0.9, "--normalize", "--invert")
+    assert command("fit", toy, "-o", tmp_path / "run", *options(*small, *treated)) == 0
+    asked = ("encode", tmp_path / "run", toy, "--first", 60, "--quiet")
+    fitted = latents(tmp_path / "run" / "latent.npz")["z"]
+    assert command(*asked, "-o", tmp_path / "same.npz") == 0
+    assert_allclose(latents(tmp_path / "same.npz")["z"], fitted, atol=1e-5)
+    for other in (("--no-invert",), ("--no-normalize",), ("--window", 0.5)):
+        assert command(*asked, *other, "-o", tmp_path / "other.npz", "--overwrite") == 0
+        assert np.abs(latents(tmp_path / "other.npz")["z"] - fitted).max() > 1e-4
+
+
 # ---------------------------------------------------------------------------------------------- analyze, select
 def test_analyze_both_kinds(cryodrgn_run: Path, homogeneous_run: Path, tmp_path: Path, command: Command) -> None:
     small = ("--kmeans", 3, "--steps", 3, "--components", 2)
@@ -264,7 +341,10 @@ def test_selected_particles_return_as_cs(toy: Path, tmp_path: Path, command: Com
     rows = cs_table(Particles.open(toy), toy.parent / "particles.mrcs")
     with (tmp_path / "in.cs").open("wb") as file:
         np.save(file, rows)
-    assert command("fit", tmp_path / "in.cs", "-o", tmp_path / "run", *options("--first", 100)) == 0
+    assert (
+        command("fit", tmp_path / "in.cs", "-o", tmp_path / "run", *options("--model", "homogeneous", "--first", 100))
+        == 0
+    )
     np.save(tmp_path / "rows.npy", [2, 50])
     assert command("select", tmp_path / "run", "--index", tmp_path / "rows.npy", "-o", tmp_path / "out.cs") == 0
     assert_array_equal(np.load(tmp_path / "out.cs")["uid"], rows["uid"][[2, 50]])
@@ -327,7 +407,7 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
     return group.choices
 
 
-@pytest.mark.parametrize("name", ["fit", "volumes", "analyze", "select", "simulate"])
+@pytest.mark.parametrize("name", ["fit", "volumes", "encode", "analyze", "select", "simulate"])
 def test_help_tells_every_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str], command) -> None:
     assert name in subcommands()
     with pytest.raises(SystemExit) as left:
@@ -343,6 +423,30 @@ def test_help_tells_every_option_with_its_default(name: str, capsys: pytest.Capt
             assert default == argparse.SUPPRESS or "(default" in action.help or f"(default: {default})" in text
     assert "SUPPRESS" not in text
     assert "None" not in text
+
+
+def test_help_tells_the_defaults_of_the_settings() -> None:
+    told = {action.dest: str(action.help) for action in subcommands()["fit"]._actions}
+    for name in DESCENT:
+        default = getattr(Settings, name)
+        assert told[name].endswith(f"(default: {default})") or default is False
+
+
+@pytest.mark.parametrize("name", ["volumes", "encode", "analyze", "simulate"])
+def test_a_bar_shows_how_far_it_is_unless_quiet(
+    name: str, toy: Path, cryodrgn_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Command
+) -> None:
+    asked, bar = {
+        "volumes": (("volumes", cryodrgn_run, "--index", 0, 1, "-o", tmp_path / "out"), "out: 100%"),
+        "encode": (("encode", cryodrgn_run, toy, "-o", tmp_path / "out.npz"), "encode: 100%"),
+        "analyze": (("analyze", cryodrgn_run, "--steps", 2, "--kmeans", 2, "-o", tmp_path / "out"), "pc2: 100%"),
+        "simulate": (("simulate", "--toy", "hinge", "--images", 2, "--box", 8, "-o", tmp_path / "out"), "noise: 100%"),
+    }[name]
+    again = ("--overwrite",) if name != "analyze" else ()
+    assert command(*asked) == 0
+    assert bar in capsys.readouterr().err
+    assert command(*asked, *again, "--quiet") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_help_names_every_recipe(capsys: pytest.CaptureFixture[str], command: Command) -> None:

@@ -11,6 +11,10 @@ from torch import Tensor
 Array = NDArray[np.floating]
 Indices = NDArray[np.integer]
 
+SAMPLE = 5000  # so many particles give the density of z
+LEAST_VARIANCE = 0.01  # of the largest component's: along one that varies less no peaks are told apart
+SURE = 2.0  # standard errors by which the density must fall between two peaks
+
 
 @dataclass(frozen=True)
 class PCA:
@@ -43,6 +47,20 @@ class KMeans:
 
     centre: Array
     label: Indices
+    nearest: Indices
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """K peaks of the density of z (N, zdim), the highest first.
+
+    point:   (K, zdim)
+    density: (K,) relative to the highest
+    nearest: (K,) the particle nearest to each: its z is one that a particle really has
+    """
+
+    point: Array
+    density: Array
     nearest: Indices
 
 
@@ -79,6 +97,32 @@ def kmeans(z: ArrayLike | Tensor, k: int, seed: int = 0, restarts: int = 5) -> K
     assert best is not None
     centre = best[1][np.argsort(pca(z).project(best[1])[:, 0])] if len(z) > 1 else best[1]
     return KMeans(centre, nearest(centre, z), nearest(z, centre))
+
+
+def density_peaks(z: ArrayLike | Tensor, seed: int = 0) -> Peaks:
+    """All peaks of the density of z (N, zdim), a Gaussian kernel on each particle, or on `SAMPLE` of them at random.
+
+    The kernels are as wide as Silverman's rule for the gradient of q components of variance 1 says, n^(-1 / (q + 6))
+    (4 / (q + 4))^(1 / (q + 6)) (Chacon, Duong and Wand, Statistica Sinica 21 (2011)). Particles than which none within
+    two widths lies in higher density climb by mean shift (Comaniciu and Meer, IEEE PAMI 24 (2002)). A summit counts
+    unless a higher one can be reached from it without going down by more than chance: a bump of few particles does not.
+    """
+    z = as_table(z)
+    parts = pca(z)
+    varies = parts.variance > LEAST_VARIANCE * parts.variance[0]
+    if not varies.any():
+        raise ValueError(f"z is the same for all {len(z)} particles; its density has no peaks to tell apart")
+    n, q = min(len(z), SAMPLE), int(varies.sum())
+    width = (4 / ((q + 4) * n)) ** (1 / (q + 6)) * np.sqrt(parts.variance[varies])
+    scores = parts.project(z)[:, varies] / width
+    centre = scores if n == len(z) else scores[np.random.default_rng(seed).choice(len(z), n, replace=False)]
+    summit = np.concatenate([_climb(start, centre) for start in _rows(_highest(centre))])
+    height, _ = _density(summit, centre)
+    summit = summit[np.argsort(-height, kind="stable")]
+    summit = _separate(summit[~np.tril(_squared(summit, summit) < 1, -1).any(1)], centre)
+    height, _ = _density(summit, centre)
+    point = parts.mean + summit * width @ parts.axes[varies]
+    return Peaks(point, height / height[0], nearest(scores, summit))
 
 
 def principal_path(
@@ -134,6 +178,54 @@ def _plus_plus(z: Array, k: int, rng: np.random.Generator) -> Indices:
         taken.append(int(rng.choice(len(z), p=distance / distance.sum())))
         distance = np.minimum(distance, ((z - z[taken[-1]]) ** 2).sum(1))
     return np.array(taken)
+
+
+def _rows(points: Array, most: int = 500) -> list[Array]:
+    """The points in parts of bounded size."""
+    return np.array_split(points, -(-len(points) // most) or 1)
+
+
+def _squared(a: Array, b: Array) -> Array:
+    """Squared distances of points (M, q) and (n, q): (M, n)."""
+    return (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+
+
+def _density(at: Array, centre: Array) -> tuple[Array, Array]:
+    """At points (M, q), the sum of kernels of width 1 on n centres (n, q) and its standard error: (M,) each."""
+    kernels = (np.exp(-0.5 * _squared(part, centre)) for part in _rows(at))
+    height, square = np.concatenate([np.stack([k.sum(1), (k**2).sum(1)], 1) for k in kernels]).T
+    return height, np.sqrt(square)
+
+
+def _highest(centre: Array) -> Array:
+    """The centres (M, q) in more density than all within two widths, and in more than chance gives a lone one."""
+    height, error = _density(centre, centre)
+    around = [np.where(_squared(part, centre) < 4, height, 0).max(1) for part in _rows(centre)]
+    return centre[(height >= np.concatenate(around)) & ((height > SURE * error) | (height == height.max()))]
+
+
+def _climb(point: Array, centre: Array) -> Array:
+    """Where points (M, q) come to by mean shift."""
+    for _ in range(300):
+        kernel = np.exp(-0.5 * _squared(point, centre))
+        moved = kernel @ centre / kernel.sum(1, keepdims=True)
+        step, point = np.abs(moved - point).max(), moved
+        if step < 0.01:
+            break
+    return point
+
+
+def _separate(summit: Array, centre: Array) -> Array:
+    """Those summits (M, q), the highest first, whose straight way to every higher one sinks by more than chance."""
+    height, error = _density(summit, centre)
+    kept = []
+    for i, point in enumerate(summit):
+        way = point + np.linspace(0, 1, 18)[1:-1, None, None] * (summit[:i] - point)
+        along, its_error = (v.reshape(16, i) for v in _density(way.reshape(-1, len(point)), centre))
+        lowest = along.argmin(0)[None]
+        drop = height[i] - np.take_along_axis(along, lowest, 0)
+        kept.append(bool((drop > SURE * np.hypot(error[i], np.take_along_axis(its_error, lowest, 0))).all()))
+    return summit[kept]
 
 
 def as_table(values: ArrayLike | Tensor) -> Array:

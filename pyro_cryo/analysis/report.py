@@ -16,6 +16,7 @@ from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.reconstruct import Reconstruction
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_atomically
+from pyro_cryo.progress import Progress, quiet
 
 CLUSTERS = "clusters.txt"  # a row an image: its number and its cluster
 MAPS = ("map", "sd", "half1", "half2", "mask")
@@ -47,14 +48,16 @@ def half_map_curves(half1: Tensor, half2: Tensor, mask: Tensor) -> dict[str, Ten
     }
 
 
-def analyze(run: Run, out: Path, clusters: int = 10, steps: int = 10, components: int = 2) -> list[Path]:
+def analyze(
+    run: Run, out: Path, clusters: int = 10, steps: int = 10, components: int = 2, progress: Progress = quiet
+) -> list[Path]:
     """The pictures of a run, and maps at clusters and along components where it has z; the pictures' paths."""
     for name, value, least in (("clusters", clusters, 1), ("steps", steps, 1), ("components", components, 0)):
         if not least <= value <= MOST:
             raise ValueError(f"{value} {name}; give {least} to {MOST}, each is a map and a picture")
     if run.model.zdim == 0:
         return _analyze_map(run, out)
-    return _analyze_latent(run, out, clusters, steps, components)
+    return _analyze_latent(run, out, clusters, steps, components, progress)
 
 
 def _analyze_map(run: Run, out: Path) -> list[Path]:
@@ -69,7 +72,7 @@ def _analyze_map(run: Run, out: Path) -> list[Path]:
     return [_save(sections, out / "map.png"), _save(curves, out / "fsc.png")]
 
 
-def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: int) -> list[Path]:
+def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: int, progress: Progress) -> list[Path]:
     apix, z = run.apix, run.latent.z
     plain = finishing(apix, None, None, False)
     out.mkdir(parents=True, exist_ok=True)
@@ -80,13 +83,13 @@ def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: 
     k = min(clusters, len(z))
     found = kmeans(z, k)
     pictures.append(_save(plots.latent_density(z, found), out / "latent.png"))
-    write_series(run, out / f"kmeans{k}", found.nearest, z[found.nearest], plain)
+    write_series(run, out / f"kmeans{k}", found.nearest, z[found.nearest], plain, progress)
     labels = [f"cluster {i}" for i in range(k)]
     pictures.append(_picture(out / f"kmeans{k}", apix, labels, out / "kmeans.png", "maps at clusters"))
     parts = pca(z)
     for component in range(1, min(components, run.model.zdim) + 1):
         index, points = along_component(run, component, steps)
-        write_series(run, out / f"pc{component}", index, points, plain)
+        write_series(run, out / f"pc{component}", index, points, plain, progress)
         title = f"along component {component}, {100 * parts.explained[component - 1]:.0f}% of the variance of z"
         labels = [f"{i + 1}" for i in range(steps)]
         pictures.append(_picture(out / f"pc{component}", apix, labels, out / f"pc{component}.png", title))

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cryo.analysis.latent import kmeans, principal_path
-from pyro_cryo.analysis.maps import contour_level, flip_hand, low_pass, sharpen, write_chimerax
-from pyro_cryo.data.mrc_map import write_map
+from pyro_cryo.analysis.fsc import masked_fsc, resolution_angstrom
+from pyro_cryo.analysis.latent import density_peaks, kmeans, principal_path
+from pyro_cryo.analysis.maps import contour_level, flip_hand, guinier_bfactor, low_pass, sharpen, write_chimerax
+from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_atomically
+from pyro_cryo.progress import Progress, quiet
 
 VOLUMES = "volumes.npz"
 LEVEL_MAPS = 10  # so many maps of a series give its contour level
@@ -33,6 +35,17 @@ def at_clusters(run: Run, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     """z of the particles nearest to k cluster centres."""
     clusters = kmeans(run.latent.z, k, seed)
     return clusters.nearest, run.latent.z[clusters.nearest]
+
+
+def at_peaks(run: Run, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """z of the images nearest to the highest peaks of the density of z; warns where it has fewer than `count`."""
+    if count < 1:
+        raise ValueError(f"{count} peaks; give 1 or more")
+    image = density_peaks(run.latent.z, seed).nearest[:count]
+    if len(image) < count:
+        found = f"{len(image)} peak{'s' if len(image) > 1 else ''}"
+        warnings.warn(f"the density of z has {found}, not {count}; so many maps are made", UserWarning, stacklevel=2)
+    return image, run.latent.z[image]
 
 
 def along_component(run: Run, component: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +71,19 @@ def from_file(path: Path, zdim: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full(len(z), -1), z
 
 
+def own_bfactor(run: Run) -> float:
+    """The B factor that undoes the decay of a run's own map, up to the resolution of its half-maps, in angstrom^2."""
+    names = ("map", "half1", "half2", "mask")
+    paths = [] if run.folder is None else [run.folder / f"{name}.mrc" for name in names]
+    if not paths or not all(path.exists() for path in paths):
+        raise ValueError(
+            f"no B factor can be estimated: {run.folder or 'the run'} has no half-maps; give a number, or leave it out"
+        )
+    volume, half1, half2, mask = (read_map(path)[0] for path in paths)
+    resolution = resolution_angstrom(masked_fsc(half1, half2, mask).corrected, run.apix)
+    return guinier_bfactor(volume, run.apix, resolution)
+
+
 def finishing(
     apix: float, resolution_angstrom: float | None, bfactor_angstrom2: float | None, flip: bool
 ) -> Callable[[Tensor], Tensor]:
@@ -74,13 +100,18 @@ def finishing(
 
 
 def write_series(
-    run: Run, out: Path, index: np.ndarray, z: np.ndarray | None, finish: Callable[[Tensor], Tensor]
+    run: Run,
+    out: Path,
+    index: np.ndarray,
+    z: np.ndarray | None,
+    finish: Callable[[Tensor], Tensor],
+    progress: Progress = quiet,
 ) -> list[Path]:
     """One .mrc a map, volumes.npz (index, z, volumes (n, D, D, D) z-y-x) and a ChimeraX script series.cxc."""
     apix = run.apix
     points: list[np.ndarray | None] = [None] if z is None else list(z)
     maps = torch.empty(len(points), *(run.model.box,) * 3)
-    for row, point in enumerate(points):
+    for row, point in progress(enumerate(points), len(points), out.name or "maps", unit="map"):
         maps[row] = finish(run.volume(point))
     out.mkdir(parents=True, exist_ok=True)
     paths = _names(out, len(maps))

@@ -22,7 +22,7 @@ Fourier space, and scaled to variance 1 once Gaussian noise is on. Protein is br
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,6 +36,7 @@ from pyro_cryo.data.density_maps import DensityMaps, from_maps
 from pyro_cryo.data.star import write_star
 from pyro_cryo.physics.ctf import CTF
 from pyro_cryo.physics.rotations import random_rotations, to_euler_deg
+from pyro_cryo.progress import Progress, quiet
 
 __all__ = ["TOYS", "Complex", "DensityMaps", "Source", "classes", "from_maps", "from_pdb", "hinge", "simulate"]
 
@@ -94,6 +95,7 @@ def simulate(
     noise_power: Sequence[float] | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    progress: Progress = quiet,
 ) -> Path:
     """Write `n_images` particles of `box` pixels and their truth into the folder `out`; returns the STAR file.
 
@@ -104,6 +106,7 @@ def simulate(
     noise_power:      relative power of the noise in the shells round(|k|) = 0, 1, ... D / 2; by default it is white.
                       Whatever its scale, the noise has the variance that `snr` asks for
     overwrite:        replace a case that stands in `out`
+    progress:         wraps the chunks of images, as they are projected and as they get their noise
 
     The same arguments and seed give the same bytes. Memory stays bounded by the states' volumes and one chunk of
     images. Raises ValueError where a value makes no sense or `out` already holds a case.
@@ -121,11 +124,11 @@ def simulate(
     out.mkdir(parents=True, exist_ok=True)
     stack = out / f".particles.{os.getpid()}.tmp"
     try:
-        variance = _write_clean(stack, source, truth, box, apix)
+        variance = _write_clean(stack, source, truth, box, apix, progress)
         if not variance > 0:
             raise ValueError(f"the images have no contrast (variance {variance:g}); give a source that is not empty")
         noise_sd, scale = (variance / snr) ** 0.5, (variance + variance / snr) ** -0.5
-        _add_noise(stack, apix, noise_sd, scale, noise_power, generator)
+        _add_noise(stack, apix, noise_sd, scale, noise_power, generator, progress)
         os.replace(stack, out / "particles.mrcs")
     finally:
         stack.unlink(missing_ok=True)
@@ -190,7 +193,7 @@ def _draw(
     )
 
 
-def _write_clean(path: Path, source: Source, truth: Truth, box: int, apix: float) -> float:
+def _write_clean(path: Path, source: Source, truth: Truth, box: int, apix: float, progress: Progress) -> float:
     """Write the images before noise, state by state, into a new stack; returns the variance of their pixels."""
     import mrcfile
 
@@ -199,20 +202,29 @@ def _write_clean(path: Path, source: Source, truth: Truth, box: int, apix: float
     ).flatten(0, 1)
     total = square = 0.0
     with mrcfile.new_mmap(path, (len(truth.state), box, box), mrc_mode=2, overwrite=True) as file:
-        for state in range(len(source)):
-            rows = torch.nonzero(truth.state == state).flatten()
-            if not len(rows):
-                continue
-            project = source.projector(state, box, apix)
-            for part in rows.split(source.images_at_once(box)):
-                clean = project(truth.rotation[part], truth.shift_px[part])
-                ctf = truth.ctf[part](frequency).view(-1, box, box // 2 + 1)
-                image = torch.fft.irfft2(torch.fft.rfft2(clean) * ctf, s=(box, box))
-                file.data[part.numpy()] = image.numpy()
-                total += float(image.sum(dtype=torch.float64))
-                square += float(image.double().square().sum())
+        chunks = sum(-(-count // source.images_at_once(box)) for count in truth.state.bincount().tolist())
+        for project, part in progress(_chunks(source, truth, box, apix), chunks, "project"):
+            clean = project(truth.rotation[part], truth.shift_px[part])
+            ctf = truth.ctf[part](frequency).view(-1, box, box // 2 + 1)
+            image = torch.fft.irfft2(torch.fft.rfft2(clean) * ctf, s=(box, box))
+            file.data[part.numpy()] = image.numpy()
+            total += float(image.sum(dtype=torch.float64))
+            square += float(image.double().square().sum())
     pixels = len(truth.state) * box**2
     return square / pixels - (total / pixels) ** 2
+
+
+def _chunks(
+    source: Source, truth: Truth, box: int, apix: float
+) -> Iterator[tuple[Callable[[Tensor, Tensor], Tensor], Tensor]]:
+    """What projects a state, with as many of its rows as fit into memory, until all are done."""
+    for state in range(len(source)):
+        rows = torch.nonzero(truth.state == state).flatten()
+        if not len(rows):
+            continue
+        project = source.projector(state, box, apix)
+        for part in rows.split(source.images_at_once(box)):
+            yield project, part
 
 
 def _add_noise(
@@ -222,6 +234,7 @@ def _add_noise(
     scale: float,
     noise_power: Sequence[float] | None,
     generator: torch.Generator,
+    progress: Progress,
 ) -> None:
     """Add noise to the stack in place, scale it, and complete its header."""
     import mrcfile
@@ -230,7 +243,8 @@ def _add_noise(
         n, box, _ = file.data.shape
         colour = None if noise_power is None else _colour(noise_power, box)
         low, high, total, square = np.inf, -np.inf, 0.0, 0.0
-        for rows in torch.arange(n).split(max(1, NOISE_ROWS_PX // box**2)):
+        chunks = torch.arange(n).split(max(1, NOISE_ROWS_PX // box**2))
+        for rows in progress(chunks, len(chunks), "add noise"):
             noise = torch.randn(len(rows), box, box, generator=generator)
             if colour is not None:
                 noise = torch.fft.irfft2(torch.fft.rfft2(noise) * colour, s=(box, box))

@@ -5,6 +5,7 @@ projection: log p(x | y) = b.y - y.G y / 2 + constant. What y may be is a functi
 
     linear   y = a (1, z),    z ~ Normal(0, I)
     curved   y = a phi(z),    z one of L points, phi smooth functions on them
+    classes  y = a z,         z one of the K unit vectors
 
 and a ~ Normal(1, contrast_sd). Given these, posterior moments of y, z and a and the evidence are closed forms, but for
 a one-dimensional quadrature over a.
@@ -324,6 +325,18 @@ class CurvedCoefficients(Coefficients):
     def learn(self, mean: Moments) -> None:
         super().learn(mean)
         self.log_weight.copy_((mean.weight + 1e-6).log())
+
+
+class ClassCoefficients(CurvedCoefficients):
+    """y = a z, z one of the K unit vectors: an image shows one of K maps, and the mean of z is their probabilities."""
+
+    def __init__(self, classes: int, contrast_sd: float) -> None:
+        super().__init__(contrast_sd)
+        self.points, self.features = torch.eye(classes), torch.eye(classes)
+        self.log_weight = torch.full((classes,), -math.log(classes))
+
+    def at(self, z: Tensor) -> Tensor:
+        return z
 
 
 def _given(a: Tensor, eigenvalue: Tensor, image: Tensor, mean_map: Tensor) -> tuple[Tensor, Tensor]:

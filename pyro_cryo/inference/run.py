@@ -28,6 +28,15 @@ class Latent:
     z: np.ndarray
     z_cov: np.ndarray
 
+    def write(self, path: Path) -> None:
+        """An .npz of the three arrays."""
+
+        def save(beside: Path) -> None:
+            with beside.open("wb") as file:
+                np.savez(file, index=self.index, z=self.z, z_cov=self.z_cov)
+
+        write_atomically(path, save)
+
 
 @dataclass
 class Run:
@@ -155,7 +164,7 @@ class Run:
         if self.model.zdim:
             latent = self.encode(self.particles, progress=progress)
             self.__dict__["latent"] = latent
-            write_atomically(self.folder / LATENT, lambda path: _save_npz(path, latent))
+            latent.write(self.folder / LATENT)
         self.particles.write_star(self.folder / PARTICLES)
         self.model.write_results(self.folder, self.particles)
 
@@ -171,8 +180,3 @@ def open_again(record: dict[str, Any], folder: Path) -> Particles:
     if particles.fingerprint() != fingerprint:
         raise ValueError(f"{folder}: the particles have changed since the fit; give Run.load(..., particles=)")
     return particles
-
-
-def _save_npz(path: Path, latent: Latent) -> None:
-    with path.open("wb") as file:
-        np.savez(file, index=latent.index, z=latent.z, z_cov=latent.z_cov)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import (
+    ClassCoefficients,
     Coefficients,
     CurvedCoefficients,
     LinearCoefficients,
@@ -38,6 +39,8 @@ COARSE = BANDS[-1][0]
 FEWEST_PASSES = 5  # before a band may be called converged: motions grow out of noise at first
 FINEST_PASSES = 2
 MANIFOLD_PASSES = 3
+CLASS_PASSES = 8
+CLUSTERED = 5000  # images from whose z classes begin
 SOLO_PASSES = 3  # the last passes, in which each component has a prior of its own
 MOTION_SHARE = 0.1  # of the consensus' variance, that a component is given until it has a prior of its own
 MOST_HELD_OUT = 1000  # images, that are left out of the coarse bands and tell the rank
@@ -156,6 +159,39 @@ def solve_manifold(
     for _ in range(FINEST_PASSES):
         evidence = em.step()
     return _family(em, family, evidence)
+
+
+def solve_classes(
+    particles: Particles,
+    start: Reconstruction,
+    subspace: Family,
+    classes: int,
+    *,
+    symmetry: Tensor,
+    side: int,
+    generator: torch.Generator | None = None,
+    progress: Progress = quiet,
+) -> Family:
+    """Maps of K >= 2 classes, from clusters in a subspace on."""
+    from scipy.cluster.vq import kmeans2
+
+    generator = generator or torch.Generator().manual_seed(0)
+    z = _points(particles, subspace, CLUSTERED, generator)
+    information = subspace.gram.diagonal()[1:].clamp_min(0).sqrt()
+    seed = int(torch.randint(2**31, (), generator=generator))
+    label = torch.as_tensor(kmeans2((z * information).cpu().numpy(), classes, minit="++", seed=seed)[1]).to(z.device)
+    centre = torch.stack([z[label == k].mean(0) if bool((label == k).any()) else z.mean(0) for k in range(classes)])
+    maps = subspace.maps[0] + torch.einsum("kr,rzyx->kzyx", centre, subspace.maps[1:])
+    coefficients = ClassCoefficients(classes, float(subspace.coefficients.contrast_sd)).to(z.device)
+    family = replace(subspace, maps=maps, coefficients=coefficients)
+    train, _ = _held_out(particles, generator)
+    for images, box, passes in ((train, min(COARSE, side), CLASS_PASSES), (particles, side, FINEST_PASSES)):
+        others = torch.stack([with_band(start.volume, own) for own in family.maps[1:]])
+        em = _em(images, start, family, others, start.scale, box, symmetry, progress)
+        for _ in range(passes):
+            evidence = em.step()
+        family = _family(em, family, evidence)
+    return family
 
 
 def _held_out(particles: Particles, generator: torch.Generator) -> tuple[Particles, Particles]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_cryo.analysis.latent import kmeans, nearest, neighbour_r2, pca, principal_path
+from pyro_cryo.analysis.latent import SAMPLE, density_peaks, kmeans, nearest, neighbour_r2, pca, principal_path
 
 
 def planted_clusters(k: int = 4, each: int = 50) -> tuple[np.ndarray, np.ndarray]:
@@ -57,6 +57,67 @@ def test_kmeans_repeats_with_its_seed_and_refuses_too_many_clusters() -> None:
     assert set(kmeans(z, 7, seed=1).label) == set(range(7))
     with pytest.raises(ValueError, match="5 clusters of 2 distinct particles"):
         kmeans(np.repeat([[0.0], [1.0]], 10, axis=0), 5)
+
+
+def planted_peaks(seed: int, counts: tuple[int, ...] = (1000, 2000, 500)) -> tuple[np.ndarray, np.ndarray]:
+    """Blobs of one width and these many particles, 6 widths apart or more, and where their centres are."""
+    rng = np.random.default_rng(seed)
+    centre = np.array([[0.0, 0.0], [9.0, 0.0], [3.0, 6.0]])[: len(counts)]
+    z = np.repeat(centre, counts, axis=0) + rng.normal(size=(sum(counts), 2))
+    return rng.permutation(z), centre
+
+
+def test_peaks_are_where_most_particles_lie_the_highest_first() -> None:
+    z, centre = planted_peaks(0)
+    found = density_peaks(z)
+    np.testing.assert_allclose(found.point, centre[[1, 0, 2]], atol=0.3)
+    np.testing.assert_allclose(found.density, [1, 0.5, 0.25], atol=0.08)
+    assert np.linalg.norm(z[found.nearest] - found.point, axis=1).max() < 0.2
+    np.testing.assert_array_equal(density_peaks(torch.from_numpy(z)).nearest, found.nearest)
+
+
+def test_peaks_do_not_depend_on_the_units_of_z_or_on_what_hardly_varies() -> None:
+    z, _ = planted_peaks(1)
+    rng = np.random.default_rng(2)
+    turned = z * [4.0, 1.0] @ np.linalg.qr(rng.normal(size=(2, 2)))[0] + [5.0, -3.0]
+    np.testing.assert_array_equal(density_peaks(turned).nearest, density_peaks(z).nearest)
+    wider = np.column_stack([z, 0.01 * rng.normal(size=(len(z), 6))])  # as of components that the data say nothing of
+    np.testing.assert_allclose(density_peaks(wider).point[:, :2], density_peaks(z).point, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", ["gaussian", "even", "bent", "few"])
+def test_chance_makes_no_peaks(shape: str) -> None:
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        t = rng.uniform(-1, 1, size=2000)
+        z = {
+            "gaussian": rng.normal(size=(2000, 3)),
+            "even": rng.uniform(size=(2000, 2)),
+            "bent": np.stack([2 * t, 2 * t**2], 1) + 0.1 * rng.normal(size=(2000, 2)),
+            "few": rng.normal(size=(8, 2)),
+        }[shape]
+        assert len(density_peaks(z).nearest) == 1
+
+
+def test_two_states_that_overlap_are_one_peak_until_they_part() -> None:
+    rng = np.random.default_rng(3)
+    blob = rng.normal(size=(4000, 1))
+    for apart, count in ((1.5, 1), (6.0, 2)):
+        z = blob + apart * (np.arange(4000)[:, None] % 2)
+        assert len(density_peaks(z).nearest) == count
+
+
+def test_peaks_of_many_particles_come_from_some_of_them() -> None:
+    z, centre = planted_peaks(4, (20 * SAMPLE, 5 * SAMPLE, 15 * SAMPLE))
+    found = density_peaks(z, seed=1)
+    np.testing.assert_allclose(found.point, centre[[0, 2, 1]], atol=0.3)
+    assert np.linalg.norm(z[found.nearest] - found.point, axis=1).max() < 0.03  # of all particles, not of the sample
+    np.testing.assert_array_equal(density_peaks(z, seed=1).nearest, found.nearest)
+
+
+def test_z_that_is_everywhere_the_same_has_no_peaks() -> None:
+    with pytest.raises(ValueError, match="z is the same for all 9 particles"):
+        density_peaks(np.ones((9, 2)))
 
 
 def test_a_path_runs_between_percentiles_through_the_mean() -> None:

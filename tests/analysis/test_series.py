@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from pyro_cryo.analysis.latent import pca
 from pyro_cryo.analysis.maps import flip_hand, low_pass, sharpen
-from pyro_cryo.analysis.series import along_component, at_clusters, at_images, finishing, from_file, write_series
-from pyro_cryo.data.mrc_map import read_map
-from pyro_cryo.inference.run import Run
+from pyro_cryo.analysis.series import (
+    along_component,
+    at_clusters,
+    at_images,
+    at_peaks,
+    finishing,
+    from_file,
+    own_bfactor,
+    write_series,
+)
+from pyro_cryo.data.mrc_map import read_map, write_map
+from pyro_cryo.inference.run import Latent, Run
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +43,21 @@ def test_clusters_are_at_particles_and_repeat(run: Run) -> None:
     assert len(set(index)) == 5
     assert_array_equal(z, run.latent.z[index])
     assert_array_equal(at_clusters(run, 5)[0], index)
+
+
+def test_peaks_are_at_images_and_fewer_than_asked_for_are_told(run: Run) -> None:
+    rng = np.random.default_rng(0)
+    z = np.float32(rng.normal(size=(600, 2)) + 8.0 * (np.arange(600)[:, None] % 3 == 0))
+    planted = Run(run.model, run.source)
+    planted.latent = Latent(np.arange(600), z, np.zeros((600, 2, 2)))
+    index, points = at_peaks(planted, 1)
+    assert index[0] % 3 > 0  # two thirds of the images
+    assert_array_equal(points, z[index])
+    with pytest.warns(UserWarning, match="the density of z has 2 peaks, not 5; so many maps are made"):
+        index, _ = at_peaks(planted, 5)
+    assert_array_equal(index % 3 == 0, [False, True])
+    with pytest.raises(ValueError, match="0 peaks; give 1 or more"):
+        at_peaks(planted, 0)
 
 
 def test_a_component_runs_between_its_percentiles(run: Run) -> None:
@@ -83,3 +109,37 @@ def test_one_contour_level_for_the_series(run: Run, tmp_path: Path) -> None:
     level = float(lines[1].split(" level ")[1].split()[0])
     with np.load(tmp_path / "volumes.npz") as file:
         assert (file["volumes"] > level).mean() == pytest.approx(0.03, abs=1e-3)
+
+
+def write_halves(folder: Path, decay_angstrom2: float, noise: float, apix: float) -> None:
+    """In place of a run's maps: white density, 1 everywhere but for its decay, and half-maps of it."""
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"apix": apix}))
+    generator = torch.Generator().manual_seed(0)
+    truth = sharpen(torch.randn(32, 32, 32, generator=generator), apix, decay_angstrom2)
+    halves = [truth + noise * torch.randn(32, 32, 32, generator=generator) for _ in range(2)]
+    maps = {"map": truth, "half1": halves[0], "half2": halves[1], "mask": torch.ones(32, 32, 32)}
+    for name, volume in maps.items():
+        write_map(folder / f"{name}.mrc", volume, apix)
+
+
+@pytest.mark.parametrize("decay", [40.0, 90.0])
+def test_the_bfactor_of_a_run_undoes_the_decay_of_its_map(
+    homogeneous_run: Path, tmp_path: Path, decay: float, command
+) -> None:
+    folder = Path(shutil.copytree(homogeneous_run, tmp_path / "run"))
+    write_halves(folder, decay, 0.01, apix=1.5)
+    run = Run.load(folder)
+    assert own_bfactor(run) == pytest.approx(-decay, abs=6)
+    assert command("volumes", folder, "--bfactor", "auto", "-o", tmp_path / "out", "--quiet") == 0
+    assert_array_equal(read_map(tmp_path / "out" / "vol_000.mrc")[0], sharpen(run.volume(), 1.5, own_bfactor(run)))
+
+
+def test_no_bfactor_is_made_up(run: Run, homogeneous_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no B factor can be estimated: .*cryodrgn has no half-maps; give a number"):
+        own_bfactor(run)
+    folder = Path(shutil.copytree(homogeneous_run, tmp_path / "run"))
+    for noise, apix in ((0.01, 6.0), (100.0, 1.5)):  # pixels too coarse, half-maps that have nothing in common
+        write_halves(folder, 40.0, noise, apix)
+        with pytest.raises(ValueError, match="no B factor can be fitted between 10 and"):
+            own_bfactor(Run.load(folder))

@@ -19,6 +19,7 @@ from pyro_cryo.data.simulate import TOYS, DensityMaps, classes, from_maps, from_
 from pyro_cryo.physics.ctf import CTF
 from pyro_cryo.physics.fourier import HalfPlane, image_to_half_plane, shift_phase
 from pyro_cryo.physics.rotations import angle_deg, from_euler_deg, random_rotations
+from pyro_cryo.progress import Progress
 
 BOX = 32
 
@@ -259,6 +260,26 @@ def test_senseless_arguments_are_named_and_nothing_is_written(tmp_path: Path, wr
     with pytest.raises(ValueError, match=message):
         simulate(hinge(2), tmp_path / "case", **{"n_images": 4, "box": BOX, **wrong})
     assert not (tmp_path / "case").exists()
+
+
+def test_progress_sees_every_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    totals, counts = {}, {}
+
+    class Seen(Progress):
+        def __call__(self, items, total, title, done=0, unit="batch"):
+            totals[title], counts[title] = total, 0
+            for item in items:
+                counts[title] += 1
+                yield item
+
+    monkeypatch.setattr(Complex, "images_at_once", lambda self, box: 3)
+    monkeypatch.setattr("pyro_cryo.data.simulate.NOISE_ROWS_PX", 4 * 8**2)
+    seen = simulate(hinge(5), tmp_path / "seen", n_images=26, box=8, progress=Seen())
+    assert counts == totals
+    assert counts["add noise"] == 7
+    assert counts["project"] > 26 // 3
+    unseen = simulate(hinge(5), tmp_path / "unseen", n_images=26, box=8)
+    assert seen.with_suffix(".mrcs").read_bytes() == unseen.with_suffix(".mrcs").read_bytes()
 
 
 def test_a_case_is_not_overwritten_unasked(tmp_path: Path) -> None:
