@@ -1,6 +1,6 @@
 """The whole way in one script: simulate a moving complex, fit it, look at it, compare with the truth.
 
-python examples/demo.py OUT [--images N] [--box D] [--epochs E]
+python examples/demo.py OUT [--images N] [--box D]
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pyro_cryo.analysis.report import analyze
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.fit import fit
-from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.homogeneous import Homogeneous
+from pyro_cryo.models.manifold import Manifold
 from pyro_cryo.progress import Bar
 
 MARK = ".pyro_cryo_demo"  # in a folder that a rerun may replace
@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for everything; replaced if it is an earlier demonstration")
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--box", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=4)
     asked = parser.parse_args()
     started = time.monotonic()
     if asked.out.exists() and any(asked.out.iterdir()):
@@ -48,9 +47,7 @@ def main() -> None:
     consensus = fit(Homogeneous(particles.box), particles, asked.out / "consensus", device=device, progress=Bar())
     still = analyze(consensus, asked.out / "consensus" / "analysis")
 
-    torch.manual_seed(0)
-    model = CryoDRGN(particles.box, zdim=2)
-    run = fit(model, particles, asked.out / "run", epochs=asked.epochs, device=device, progress=Bar())
+    run = fit(Manifold(particles.box, zdim=4), particles, asked.out / "run", device=device, progress=Bar())
     pictures = analyze(run, asked.out / "run" / "analysis", clusters=6)
 
     with np.load(asked.out / "case" / "truth.npz") as truth:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import Atoms
-from pyro_cryo.guides.coefficients import ClassCoefficients
+from pyro_cryo.guides.coefficients import ClassesCoefficients
 from pyro_cryo.inference.reconstruct import Reconstruction
 from pyro_cryo.inference.subspace import COARSE, Family, solve_classes, solve_subspace
 from pyro_cryo.models.linear_subspace import LinearSubspace
@@ -27,7 +27,7 @@ class Classes(LinearSubspace):
     box, contrast, kmax, symmetry, mask: as in LinearSubspace
     """
 
-    coefficients: ClassCoefficients
+    coefficients: ClassesCoefficients
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Classes(LinearSubspace):
             raise ValueError(f"classes is {classes}; expected 2 or more (homogeneous makes one map)")
         self.rank, self.zdim = rank, classes
         self.volume = VoxelBasis(box, classes)
-        self.coefficients = ClassCoefficients(classes, contrast)
+        self.coefficients = ClassesCoefficients(classes, contrast)
 
     def latent(self) -> Tensor:
         return pyro.sample("z", Atoms(self.coefficients.points, self.coefficients.log_weight))

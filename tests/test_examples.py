@@ -28,7 +28,7 @@ def run(*words: object, folder: Path) -> str:
 
 
 def demo(folder: Path) -> None:
-    said = run(EXAMPLES / "demo.py", "out", "--images", 80, "--box", 16, "--epochs", 1, folder=folder)
+    said = run(EXAMPLES / "demo.py", "out", "--images", 500, "--box", 24, folder=folder)
     assert re.search(r"20-nearest-neighbour R2 of -?\d\.\d+", said)
     for name in ("consensus/map.mrc", "consensus/analysis/fsc.png", "run/latent.npz", "run/analysis/pc1.png"):
         assert (folder / "out" / name).stat().st_size > 0

@@ -128,9 +128,11 @@ def density_peaks(z: ArrayLike | Tensor, seed: int = 0) -> Peaks:
 def principal_path(
     z: ArrayLike | Tensor, component: int = 1, steps: int = 10, percentiles: tuple[float, float] = (5.0, 95.0)
 ) -> Array:
-    """Points along a principal component, through the mean: (steps, zdim).
+    """Points along a principal component, in the midst of the particles: (steps, zdim).
 
-    They run evenly between two percentiles of the particles' scores; component 1 is the one of largest variance.
+    Their scores run evenly between two percentiles of the particles'; component 1 is the one of largest variance. Each
+    is the mean of z given its score, over particles weighted by a Gaussian as wide as a step: a straight line where z
+    is Gaussian, a bent one where the particles lie along a curve.
     For points that particles really have take `z[nearest(z, path)]`.
     """
     components = pca(z)
@@ -138,9 +140,16 @@ def principal_path(
         raise ValueError(f"component {component} of {len(components.axes)}; components count from 1")
     if steps < 1:
         raise ValueError(f"{steps} steps; give at least 1")
-    low, high = np.percentile(components.project(z)[:, component - 1], percentiles)
+    scores = components.project(z)
+    own = scores[:, component - 1]
+    low, high = np.percentile(own, percentiles)
     amount = np.linspace(low, high, steps) if steps > 1 else np.array([0.0])
-    return components.mean + amount[:, None] * components.axes[component - 1]
+    width = max((high - low) / max(steps - 1, 10), 1e-12)
+    exponent = -0.5 * ((amount[:, None] - own) / width) ** 2
+    weight = np.exp(exponent - exponent.max(1, keepdims=True))
+    path = weight @ scores / weight.sum(1, keepdims=True)
+    path[:, component - 1] = amount
+    return components.mean + path @ components.axes
 
 
 def nearest(z: ArrayLike | Tensor, points: ArrayLike | Tensor) -> Indices:

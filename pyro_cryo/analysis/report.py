@@ -55,9 +55,14 @@ def analyze(
     for name, value, least in (("clusters", clusters, 1), ("steps", steps, 1), ("components", components, 0)):
         if not least <= value <= MOST:
             raise ValueError(f"{value} {name}; give {least} to {MOST}, each is a map and a picture")
-    if run.model.zdim == 0:
+    if run.model.zdim == 0 or _still(run):
         return _analyze_map(run, out)
     return _analyze_latent(run, out, clusters, steps, components, progress)
+
+
+def _still(run: Run) -> bool:
+    """Whether z is the same for all images, and the run has the one map that they then show."""
+    return not np.ptp(run.latent.z, axis=0).any() and run.folder is not None and (run.folder / "map.mrc").exists()
 
 
 def _analyze_map(run: Run, out: Path) -> list[Path]:

@@ -327,7 +327,7 @@ class CurvedCoefficients(Coefficients):
         self.log_weight.copy_((mean.weight + 1e-6).log())
 
 
-class ClassCoefficients(CurvedCoefficients):
+class ClassesCoefficients(CurvedCoefficients):
     """y = a z, z one of the K unit vectors: an image shows one of K maps, and the mean of z is their probabilities."""
 
     def __init__(self, classes: int, contrast_sd: float) -> None:

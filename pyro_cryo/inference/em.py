@@ -14,7 +14,7 @@ of exact EM, and one kernel serves all maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +58,7 @@ class EM:
     """Passes over the same images. `step` makes one, and an M-step after it.
 
     particles:    of the maps' own box
+    passes:       how many will be made at most: what the progress bar shows
     symmetry:     (G, 3, 3): an image counts 1 / G from each of its equivalent views
     """
 
@@ -69,14 +70,17 @@ class EM:
         symmetry: Tensor,
         progress: Progress = quiet,
         title: str = "em",
+        passes: int = 1,
     ) -> None:
         self.particles, self.maps, self.coefficients, self.symmetry = particles, maps, coefficients, symmetry
-        self.progress, self.title = progress, title
+        self.progress = progress
         self.device = maps.values.device
         self.mean: Moments | None = None
         self.gram = torch.zeros(0)
         points = POINTS if self.device.type == "cpu" else POINTS_GPU
         self.batch_size = max(1, points // len(particles.half))
+        total = passes * -(-len(particles) // self.batch_size)
+        self._ticks = iter(progress(range(total), total, title))
         self._weight: Tensor | None = None
         self._posterior: list[VoxelPosterior] = []
         bytes_kept = len(particles) * len(particles.half) * 12
@@ -98,7 +102,14 @@ class EM:
         self.coefficients.learn(self.mean)
         if not first:  # when the maps' variance was not yet known
             self.maps.sigma = noise
-        return float(self.mean.evidence)
+        evidence = float(self.mean.evidence)
+        self.progress.note(f"log evidence {evidence:.2f}")
+        return evidence
+
+    def close(self) -> None:
+        """End the progress bar, where no further pass is needed."""
+        if isinstance(self._ticks, Generator):
+            self._ticks.close()
 
     def _expect(self, taken: Callable[[Moments], Moments]) -> tuple[Tensor, Moments, Tensor]:
         maps, grid = self.maps, fourier_grid(self.maps.values)
@@ -111,7 +122,8 @@ class EM:
         square = torch.zeros_like(maps.sigma)
         count = torch.zeros_like(square)
         batches = self._read() if self._kept is None else self._kept
-        for batch in self.progress(batches, -(-len(self.particles) // self.batch_size), self.title):
+        for batch in batches:
+            next(self._ticks, None)
             seen = Projected.of(batch, grid, maps.sigma)
             said = seen.seen()
             moments = taken(self.coefficients.moments(said))

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import (
-    ClassCoefficients,
+    ClassesCoefficients,
     Coefficients,
     CurvedCoefficients,
     LinearCoefficients,
@@ -98,7 +99,7 @@ def solve_subspace(
     moving = start.volume.new_zeros(zdim, 4, 4, 4)
     train, held = _held_out(particles, generator)
     for box, passes in [(min(box, side), passes) for box, passes in BANDS]:
-        em = _em(train, start, family, moving, where, box, symmetry, progress)
+        em = _em(train, start, family, moving, where, box, symmetry, progress, passes + (not len(family.gram)))
         if not len(family.gram):
             em.begin(_random(zdim, generator))
             _expect_motion(em.maps)
@@ -111,10 +112,11 @@ def solve_subspace(
             if n >= FEWEST_PASSES and (evidence - before) * len(train) < CONVERGED:
                 break
             before = evidence
+        em.close()
         family = _family(em, family, evidence)
         moving = family.maps[1:]
     family = _supported(em, family, held)
-    em = _em(particles, start, family, family.maps[1:], where, side, symmetry, progress)
+    em = _em(particles, start, family, family.maps[1:], where, side, symmetry, progress, FINEST_PASSES)
     for _ in range(FINEST_PASSES):
         evidence = em.step()
         _whiten(em)
@@ -151,11 +153,11 @@ def solve_manifold(
     maps[0] += subspace.maps[0]
     family = replace(subspace, maps=maps, coefficients=coefficients)
     train, held = _held_out(particles, generator)
-    em = _em(train, start, family, family.maps[1:], where, min(COARSE, side), symmetry, progress)
+    em = _em(train, start, family, family.maps[1:], where, min(COARSE, side), symmetry, progress, MANIFOLD_PASSES)
     for _ in range(MANIFOLD_PASSES):
         evidence = em.step()
     family = _supported(em, _family(em, family, evidence), held)
-    em = _em(particles, start, family, family.maps[1:], where, side, symmetry, progress)
+    em = _em(particles, start, family, family.maps[1:], where, side, symmetry, progress, FINEST_PASSES)
     for _ in range(FINEST_PASSES):
         evidence = em.step()
     return _family(em, family, evidence)
@@ -182,12 +184,12 @@ def solve_classes(
     label = torch.as_tensor(kmeans2((z * information).cpu().numpy(), classes, minit="++", seed=seed)[1]).to(z.device)
     centre = torch.stack([z[label == k].mean(0) if bool((label == k).any()) else z.mean(0) for k in range(classes)])
     maps = subspace.maps[0] + torch.einsum("kr,rzyx->kzyx", centre, subspace.maps[1:])
-    coefficients = ClassCoefficients(classes, float(subspace.coefficients.contrast_sd)).to(z.device)
+    coefficients = ClassesCoefficients(classes, float(subspace.coefficients.contrast_sd)).to(z.device)
     family = replace(subspace, maps=maps, coefficients=coefficients)
     train, _ = _held_out(particles, generator)
     for images, box, passes in ((train, min(COARSE, side), CLASS_PASSES), (particles, side, FINEST_PASSES)):
         others = torch.stack([with_band(start.volume, own) for own in family.maps[1:]])
-        em = _em(images, start, family, others, start.scale, box, symmetry, progress)
+        em = _em(images, start, family, others, start.scale, box, symmetry, progress, passes)
         for _ in range(passes):
             evidence = em.step()
         family = _family(em, family, evidence)
@@ -217,6 +219,7 @@ def _supported(em: EM, family: Family, held: Particles) -> Family:
     kept = max(rank, 1)
     maps = family.maps[: 1 + kept].clone()
     if rank == 0:
+        warnings.warn("the images support no motion: all maps of the family are one", UserWarning, stacklevel=5)
         maps[1:] = 0
     coefficients = family.coefficients.first(kept)
     return replace(family, maps=maps, coefficients=coefficients, gram=family.gram[: 1 + kept, : 1 + kept])
@@ -231,6 +234,7 @@ def _em(
     box: int,
     symmetry: Tensor,
     progress: Progress,
+    passes: int,
 ) -> EM:
     """EM of a family on a box."""
     still = with_band(start.volume, family.maps[0])
@@ -240,7 +244,9 @@ def _em(
         torch.stack([_scale_on(start.scale, box), _scale_on(where, box)]),
         family.sigma[:, : box // 2 + 1] * ratio,
     )
-    return EM(replace(particles, box=box), maps, family.coefficients, symmetry, progress, f"{box} px")
+    kind = type(family.coefficients).__name__.removesuffix("Coefficients").lower()
+    title = f"{kind} family at {box} px"
+    return EM(replace(particles, box=box), maps, family.coefficients, symmetry, progress, title, passes)
 
 
 def _family(em: EM, before: Family, evidence: float) -> Family:

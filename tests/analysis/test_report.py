@@ -14,10 +14,12 @@ from pyro_cryo.analysis.latent import kmeans
 from pyro_cryo.analysis.report import analyze, half_map_curves
 from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
 from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.homogeneous import Homogeneous
+from pyro_cryo.models.manifold import Manifold
 
 
 def shows_something(path: Path) -> bool:
@@ -79,3 +81,10 @@ def test_independent_half_maps_of_noise_do_not_agree(tmp_path: Path, toy: Path) 
     noise = [torch.randn(32, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     curves = half_map_curves(noise[0], noise[1], torch.ones(32, 32, 32))
     assert float(curves["unmasked"][4:16].abs().max()) < 0.25
+
+
+def test_a_family_without_motion_is_shown_as_one_map(tmp_path: Path) -> None:
+    star = simulate(hinge(1), tmp_path / "case", n_images=200, box=16, snr=0.5, seed=0)
+    with pytest.warns(UserWarning, match="the images support no motion"):
+        run = fit(Manifold(16, zdim=2, points=50), Particles.open(star), tmp_path / "run")
+    assert [path.name for path in analyze(run, tmp_path / "out")] == ["map.png", "fsc.png"]
