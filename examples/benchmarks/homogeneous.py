@@ -43,6 +43,8 @@ def main() -> None:
             case / "particles.star",
             "-o",
             out / "ours",
+            "--model",
+            "homogeneous",
             "--quiet",
         ]
         theirs = [asked.peer, "backproject_voxel", case / "particles.mrcs", "-o", out / "theirs"]
