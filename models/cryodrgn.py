@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.encoder import FrameEncoder
-from pyro_cryo.inference.reconstruct import reconstruct
+from pyro_cryo.inference.reconstruct import band_limit, reconstruct
 from pyro_cryo.model import CryoModel, Density, form_image
 from pyro_cryo.physics.fourier import HalfPlane
 from pyro_cryo.physics.rotations import point_group
@@ -105,7 +105,7 @@ class CryoDRGN(CryoModel):
         )
         self.least_scale = float(particles.freq_scale.min())
         if self.kmax is None:
-            self.volume.kmax = band_limit(start.signal_to_noise)
+            self.volume.kmax = band_limit(start.signal_to_noise, MOTION_SNR)
         self.consensus.set(start.volume)
         self.volume.amplitude.copy_((self.box * shell_power(start.volume, self.box // 2 + 1)).sqrt())
         self.log_sigma.data.copy_(start.sigma.log())
@@ -115,10 +115,3 @@ class CryoDRGN(CryoModel):
     def map(self, z: Tensor | None = None) -> Tensor:
         assert z is not None
         return self.mask * (self.consensus.map(z) + self.volume.map(z))
-
-
-def band_limit(signal_to_noise: Tensor) -> float:
-    """The last shell before the signal-to-noise ratio (D / 2 + 1,) falls below MOTION_SNR, at least D / 8."""
-    weak = (signal_to_noise[1:] < MOTION_SNR).nonzero().flatten()
-    last = int(weak[0]) if len(weak) else len(signal_to_noise) - 1
-    return float(max(last, len(signal_to_noise) // 4))

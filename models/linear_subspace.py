@@ -14,16 +14,17 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients
 from pyro_cryo.guides.exact import ExactGuide
-from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
+from pyro_cryo.inference.reconstruct import Reconstruction, band_limit, reconstruct
 from pyro_cryo.inference.subspace import Family, solve_subspace, with_band
 from pyro_cryo.model import CryoModel, Density, form_image, refuse_other_stories
-from pyro_cryo.models.cryodrgn import band_limit
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.basis import VoxelBasis
 from pyro_cryo.volumes.grid import VoxelGrid
 from pyro_cryo.volumes.mask import chosen_mask, read_mask
+
+LEAST_SNR = 0.05  # solvent included: in the molecule it is higher, and priors by shell hold back what is not seen
 
 
 class LinearSubspace(CryoModel):
@@ -32,7 +33,7 @@ class LinearSubspace(CryoModel):
     box:      D, pixels
     zdim:     components at most: those that the evidence does not pay for are dropped
     contrast: sd of the images' contrast a about 1 to begin with, then learned; 0 holds every contrast at 1
-    kmax:     band limit of what moves, cycles a box (default: as far as the consensus' signal-to-noise ratio allows)
+    kmax:     band limit of what moves, cycles a box (default: as far as the consensus shows anything)
     symmetry: point group of every map of the family
     mask:     "auto", "none" or the path of a map in 0 to 1, outside which nothing is
     focus:    the path of a map in 0 to 1: what moves is there (default: anywhere in the mask)
@@ -104,7 +105,7 @@ class LinearSubspace(CryoModel):
             progress=progress,
         )
         if self.kmax is None:
-            self.kmax = band_limit(found.signal_to_noise)
+            self.kmax = band_limit(found.signal_to_noise, LEAST_SNR)
         family = self.solve(particles, found, torch.Generator().manual_seed(seed), progress)
         self.consensus.set(with_band(found.volume, family.maps[0]))
         self.volume.set(family.maps)

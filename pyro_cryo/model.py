@@ -93,7 +93,7 @@ class CryoModel(nn.Module):
                 z = self.latent()
             rotation, translation = self.pose(batch)
             mean = self.signal(density, z, rotation, translation, batch)
-            likelihood = self.noise(mean, noise_sd(batch, self.sigma)[..., None])
+            likelihood = self.noise(mean, noise_of(batch, self.sigma))
             pyro.sample("image", likelihood.to_event(2 - likelihood.event_dim), obs=batch.image)
 
     @property
@@ -135,6 +135,11 @@ class NoGuide(nn.Module):
 
     def forward(self, batch: Batch) -> None:
         """Nothing to sample."""
+
+
+def noise_of(batch: Batch, sigma: Tensor) -> Tensor:
+    """Standard deviation of each component of each coefficient, as `noise` takes it: (B, P, 1)."""
+    return noise_sd(batch, sigma)[..., None]
 
 
 def form_image(slices: Tensor, translation: Tensor, batch: Batch) -> Tensor:

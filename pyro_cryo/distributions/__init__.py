@@ -1,7 +1,7 @@
 """Distributions that Pyro lacks."""
 
 from pyro_cryo.distributions.atoms import Atoms
-from pyro_cryo.distributions.image import LowRankFourier
+from pyro_cryo.distributions.image import LowRankFourier, StudentImage
 from pyro_cryo.distributions.volume import ShellNormal
 
-__all__ = ["Atoms", "LowRankFourier", "ShellNormal"]
+__all__ = ["Atoms", "LowRankFourier", "ShellNormal", "StudentImage"]

@@ -50,7 +50,10 @@ class Encoder(nn.Module, ABC):
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(z | image): (B, zdim) each."""
-        features = self.features(batch)
+        return self.moments_of(self.features(batch))
+
+    def moments_of(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of images with these features (B, inputs)."""
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.half_precision):
             out = self.net(features)
         loc, log_sd = out.float().chunk(2, -1)

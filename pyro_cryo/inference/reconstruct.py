@@ -190,6 +190,13 @@ def _smooth(square: Tensor) -> Tensor:
     return torch.nn.functional.avg_pool3d(square[None, None], 5, stride=1, padding=2, count_include_pad=False)[0, 0]
 
 
+def band_limit(signal_to_noise: Tensor, least: float) -> float:
+    """The last shell before the signal-to-noise ratio (D / 2 + 1,) falls below `least`, at least D / 8."""
+    weak = (signal_to_noise[1:] < least).nonzero().flatten()
+    last = int(weak[0]) if len(weak) else len(signal_to_noise) - 1
+    return float(max(last, len(signal_to_noise) // 4))
+
+
 def half_sets(particles: Particles, generator: torch.Generator) -> Tensor:
     """1 or 2 for every image: as the table has it, else drawn at random, a particle's images together: (N,)."""
     given = particles.half_set

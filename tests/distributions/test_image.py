@@ -10,7 +10,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
-from pyro_cryo.distributions import LowRankFourier
+from pyro_cryo.distributions import LowRankFourier, StudentImage
 
 
 def example(rank: int, batch: int = 3, coefficients: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,3 +96,26 @@ def test_the_posterior_of_z_is_what_nuts_finds() -> None:
     error = (covariance[0].diagonal() / effective).sqrt()
     assert bool(((z.mean(0) - mean[0]).abs() < 4 * error).all())
     torch.testing.assert_close(torch.cov(z.T), covariance[0], rtol=0, atol=0.05 * float(covariance[0].abs().max()))
+
+
+def test_a_student_image_is_the_integral_over_its_scale() -> None:
+    loc, _, sigma, image = example(1)
+    df = torch.tensor([2.0, 5.0, 30.0], dtype=torch.float64)
+    u = torch.linspace(1e-4, 12, 40_000, dtype=torch.float64)[:, None]
+    inside = dist.Normal(loc, sigma * u[..., None, None].rsqrt()).log_prob(image).sum((-2, -1))
+    joint = inside + dist.Gamma(0.5 * df, 0.5 * df).log_prob(u)
+    brute = joint.logsumexp(0) + (u[1, 0] - u[0, 0]).log()
+    student = StudentImage(df, loc, sigma)
+    torch.testing.assert_close(student.log_prob(image), brute, rtol=1e-4, atol=0)
+    weight = ((joint - joint.logsumexp(0)).exp() * u).sum(0)
+    torch.testing.assert_close(student.weight(image), weight, rtol=1e-3, atol=0)
+
+
+def test_student_images_are_drawn_with_one_scale_each() -> None:
+    pyro.set_rng_seed(0)
+    student = StudentImage(torch.tensor(4.0), torch.zeros(500, 2), torch.full((500, 1), 2.0)).expand([3000])
+    drawn = student.sample()
+    assert drawn.shape == (3000, 500, 2)
+    size = drawn.square().mean((1, 2)) / 4  # 1 / u, to within the 1,000 numbers of an image
+    torch.testing.assert_close((1 / size).mean(), torch.tensor(1.0), rtol=0, atol=0.05)
+    torch.testing.assert_close((1 / size).var(), torch.tensor(0.5), rtol=0, atol=0.08)

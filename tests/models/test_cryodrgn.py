@@ -12,7 +12,8 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.elbo import ReparameterisedELBO
-from pyro_cryo.models.cryodrgn import CryoDRGN, band_limit
+from pyro_cryo.inference.reconstruct import band_limit
+from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.physics.fourier import image_to_half_plane, shift_phase
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import slice_coordinates
@@ -55,11 +56,11 @@ def test_the_consensus_is_solved_for_before_the_descent(particles: Particles) ->
     assert 3 <= model.volume.kmax <= BOX / 2
 
 
-def test_the_band_limit_is_where_the_signal_falls_to_twice_the_noise() -> None:
+def test_the_band_limit_is_where_the_signal_falls_below_a_level() -> None:
     curve = torch.tensor([9.0, 9.0, 9.0, 8.0, 5.0, 2.5, 1.5, 3.0, 0.1])
-    assert band_limit(curve) == 5.0
-    assert band_limit(torch.full((9,), 9.0)) == 8.0
-    assert band_limit(torch.zeros(17)) == 4.0
+    assert band_limit(curve, 2.0) == 5.0
+    assert band_limit(torch.full((9,), 9.0), 2.0) == 8.0
+    assert band_limit(torch.zeros(17), 2.0) == 4.0
 
 
 def test_images_are_slices_of_the_maps(particles: Particles) -> None:

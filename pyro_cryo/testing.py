@@ -1,0 +1,114 @@
+"""The contract that every model keeps, checked on a few simulated images: for the author of a variant.
+
+from pyro_cryo.testing import check_model
+check_model(lambda box: MyModel(box, zdim=2))
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.data.simulate import hinge, simulate
+from pyro_cryo.inference.elbo import ReparameterisedELBO
+from pyro_cryo.inference.fit import fit
+from pyro_cryo.inference.run import Run
+from pyro_cryo.model import CryoModel
+
+BOX = 16
+COUNT = 64
+KNOWN = ("z", "rotation", "translation", "contrast", "image", "volume")
+
+
+def check_model(factory: Callable[[int], CryoModel], device: str = "cpu", seed: int = 0) -> None:
+    """Raise AssertionError, saying what is wrong, unless the model of a box keeps the contract.
+
+    Sites have the house's names and finite densities; an image is the event; the ELBO of a batch is the sum of those of
+    its parts; a fit reaches every parameter and leaves maps that change with z; a saved run loads to the same numbers.
+    Takes seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        particles = Particles.open(
+            simulate(hinge(5), Path(folder) / "case", n_images=COUNT, box=BOX, snr=1.0, seed=seed)
+        )
+        torch.manual_seed(seed)
+        model = factory(particles.box)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        run = fit(model, particles, Path(folder) / "run", epochs=min(1, model.epochs) or None, seed=seed, device=device)
+        _check_sites(run, particles.batch(slice(0, 8), device))
+        _check_parts(run, particles.batch(slice(0, 8), device))
+        still = [name for name, value in model.named_parameters() if torch.equal(value.detach().cpu(), before[name])]
+        assert not still, f"parameter {still[0]} is not reached by the fit; use it in a hook, or make it a buffer"
+        _check_maps(run)
+        again = Run.load(Path(folder) / "run", model=factory(particles.box), particles=particles, device=device)
+        z = None if model.zdim == 0 else torch.as_tensor(run.latent.z[:2])
+        assert again.records == run.records, "a loaded run has another log"
+        assert torch.allclose(again.volume(z), run.volume(z), atol=1e-5), "a loaded run gives other maps"
+
+
+def _check_sites(run: Run, batch: Batch) -> None:
+    with torch.no_grad():
+        guide = poutine.trace(run.guide).get_trace(batch)
+        model = poutine.trace(poutine.replay(run.model, guide)).get_trace(batch)
+    model.compute_log_prob()
+    guide.compute_log_prob()
+    sites = {name: site for name, site in model.nodes.items() if site["type"] == "sample" and name != "particles"}
+    assert "image" in sites, "no site `image`; let forward be CryoModel's, or observe the images under that name"
+    for name, site in sites.items():
+        if type(site["fn"]).__name__ == "_Subsample":
+            continue
+        assert bool(torch.isfinite(site["log_prob"]).all()), f"the density of {name} is not finite"
+        assert not isinstance(site["value"], Tensor) or site["value"].device.type == batch.image.device.type, (
+            f"{name} is on {site['value'].device}, the images on {batch.image.device}; make what it needs a buffer"
+        )
+    shape = tuple(sites["image"]["log_prob"].shape)
+    assert shape == (len(batch),), f"log p(image) has shape {shape}, expected ({len(batch)},): one number an image"
+    if run.model.zdim:
+        assert "z" in sites, f"zdim is {run.model.zdim}, but no site is called z"
+        found = tuple(sites["z"]["value"].shape)
+        assert found == (len(batch), run.model.zdim), f"z is {found}, expected ({len(batch)}, {run.model.zdim})"
+        mean, covariance = run.guide.posterior(batch)  # type: ignore[union-attr, operator]
+        assert mean.shape == found, f"the guide's posterior mean is {tuple(mean.shape)}, expected {found}"
+        assert covariance.shape == (*found, found[1]), f"the guide's covariance is {tuple(covariance.shape)}"
+
+
+def _check_parts(run: Run, batch: Batch) -> None:
+    """Given one draw of what is latent, the log density of a batch is that of its images one by one, added up."""
+
+    def densities(rows: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        images = replace(batch[rows], index=torch.arange(len(rows), device=batch.index.device))
+        given = {name: value if name == "volume" else value[rows] for name, value in drawn.items()}
+        torch.manual_seed(0)  # of what a hook draws aside
+        trace = poutine.trace(poutine.condition(run.model, given)).get_trace(images)
+        trace.compute_log_prob()
+        return trace.nodes["image"]["log_prob"]
+
+    every = torch.arange(len(batch), device=batch.index.device)
+    with torch.no_grad():
+        guide = poutine.trace(run.guide).get_trace(batch)
+        drawn = {name: guide.nodes[name]["value"] for name in guide.stochastic_nodes if name in KNOWN}
+        whole = densities(every, drawn)
+        parts = torch.cat([densities(every[:1], drawn), densities(every[1:], drawn)])
+    assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-2), "an image's density depends on the others of its batch"
+    loss = ReparameterisedELBO()(run.model, run.guide)(batch)
+    assert bool(torch.isfinite(loss)), "the ELBO is not finite"
+
+
+def _check_maps(run: Run) -> None:
+    box, zdim = run.model.box, run.model.zdim
+    z = None if zdim == 0 else torch.as_tensor(run.latent.z[:2])
+    maps = run.volume(z)
+    expected = (box, box, box) if zdim == 0 else (2, box, box, box)
+    assert maps.shape == expected, f"maps are {tuple(maps.shape)}, expected {expected}"
+    assert bool(torch.isfinite(maps).all()), "maps are not finite"
+    assert float(maps.std()) > 0, "maps are empty"
