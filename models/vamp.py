@@ -25,7 +25,7 @@ class Vamp(CryoDRGN):
         super().__init__(box, zdim, **arguments)
         if inputs < 1:
             raise ValueError(f"inputs is {inputs}; expected 1 or more")
-        size = self.make_guide().net[0].in_features
+        size: int = self.make_guide().net[0].in_features  # type: ignore[assignment]
         self.log_weight = nn.Parameter(torch.zeros(inputs))
         self.inputs = nn.Parameter(torch.randn(inputs, size))
 

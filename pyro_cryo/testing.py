@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -57,9 +58,11 @@ def check_model(factory: Callable[[int], CryoModel], device: str = "cpu", seed: 
 
 
 def _check_sites(run: Run, batch: Batch) -> None:
+    guide: Any
+    model: Any
     with torch.no_grad():
-        guide = poutine.trace(run.guide).get_trace(batch)
-        model = poutine.trace(poutine.replay(run.model, guide)).get_trace(batch)
+        guide = poutine.trace(run.guide).get_trace(batch)  # type: ignore[arg-type, call-arg]
+        model = poutine.trace(poutine.replay(run.model, guide)).get_trace(batch)  # type: ignore[call-arg]
     model.compute_log_prob()
     guide.compute_log_prob()
     sites = {name: site for name, site in model.nodes.items() if site["type"] == "sample" and name != "particles"}
@@ -85,22 +88,22 @@ def _check_sites(run: Run, batch: Batch) -> None:
 def _check_parts(run: Run, batch: Batch) -> None:
     """Given one draw of what is latent, the log density of a batch is that of its images one by one, added up."""
 
-    def densities(rows: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+    def densities(rows: Tensor, drawn: dict[str, Any]) -> Tensor:
         images = replace(batch[rows], index=torch.arange(len(rows), device=batch.index.device))
         given = {name: value if name == "volume" else value[rows] for name, value in drawn.items()}
         torch.manual_seed(0)  # of what a hook draws aside
-        trace = poutine.trace(poutine.condition(run.model, given)).get_trace(images)
+        trace: Any = poutine.trace(poutine.condition(run.model, given)).get_trace(images)
         trace.compute_log_prob()
         return trace.nodes["image"]["log_prob"]
 
     every = torch.arange(len(batch), device=batch.index.device)
     with torch.no_grad():
-        guide = poutine.trace(run.guide).get_trace(batch)
+        guide: Any = poutine.trace(run.guide).get_trace(batch)  # type: ignore[arg-type, call-arg]
         drawn = {name: guide.nodes[name]["value"] for name in guide.stochastic_nodes if name in KNOWN}
         whole = densities(every, drawn)
         parts = torch.cat([densities(every[:1], drawn), densities(every[1:], drawn)])
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-2), "an image's density depends on the others of its batch"
-    loss = ReparameterisedELBO()(run.model, run.guide)(batch)
+    loss = ReparameterisedELBO()(run.model, run.guide)(batch)  # type: ignore[arg-type]
     assert bool(torch.isfinite(loss)), "the ELBO is not finite"
 
 

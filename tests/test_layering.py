@@ -20,6 +20,7 @@ LAYERS = {
     "pyro_cryo.model": 4,
     "pyro_cryo.guides": 5,
     "pyro_cryo.inference": 6,
+    "pyro_cryo.testing": 7,
     "pyro_cryo.analysis": 7,
     "pyro_cryo.cli": 8,
 }
