@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pyro
-import torch
 from torch import Tensor
 
-from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import Atoms
 from pyro_cryo.guides.coefficients import ClassesCoefficients
-from pyro_cryo.inference.reconstruct import Reconstruction
-from pyro_cryo.inference.subspace import COARSE, Family, solve_classes, solve_subspace
+from pyro_cryo.inference.family import COARSE, Family, FamilySolver
 from pyro_cryo.models.linear_subspace import LinearSubspace
-from pyro_cryo.progress import Progress
 from pyro_cryo.volumes.basis import VoxelBasis
 
 
@@ -43,22 +39,13 @@ class Classes(LinearSubspace):
         super().__init__(box, rank, contrast, kmax, symmetry, mask, noise_groups=noise_groups)
         if classes < 2:
             raise ValueError(f"classes is {classes}; expected 2 or more (homogeneous makes one map)")
-        self.rank, self.zdim = rank, classes
+        self.zdim = classes
         self.volume = VoxelBasis(box, classes)
         self.coefficients = ClassesCoefficients(classes, contrast)
 
     def latent(self) -> Tensor:
         return pyro.sample("z", Atoms(self.coefficients.points, self.coefficients.log_weight))
 
-    def solve(
-        self, particles: Particles, found: Reconstruction, generator: torch.Generator, progress: Progress
-    ) -> Family:
-        sd, side = float(self.coefficients.contrast_sd), self.side
-        linear = solve_subspace(
-            particles, found, self.rank, symmetry=self.symmetry, side=min(side, COARSE), contrast_sd=sd,
-            generator=generator, progress=progress,
-        )  # fmt: skip
-        return solve_classes(
-            particles, found, linear, self.zdim, symmetry=self.symmetry, side=side, generator=generator,
-            progress=progress,
-        )  # fmt: skip
+    def solve(self, solver: FamilySolver, side: int) -> Family:
+        linear = solver.coarse_subspace(self.most, min(side, COARSE), self.contrast)
+        return solver.classes(linear, self.zdim, side)

@@ -14,8 +14,8 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients
 from pyro_cryo.guides.exact import ExactGuide
+from pyro_cryo.inference.family import Family, FamilySolver, with_band
 from pyro_cryo.inference.reconstruct import Reconstruction, band_limit, reconstruct
-from pyro_cryo.inference.subspace import Family, solve_subspace, with_band
 from pyro_cryo.model import CryoModel, Density, form_image, refuse_other_stories
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import slice_coordinates
@@ -24,7 +24,8 @@ from pyro_cryo.volumes.basis import VoxelBasis
 from pyro_cryo.volumes.grid import VoxelGrid
 from pyro_cryo.volumes.mask import chosen_mask, read_mask
 
-LEAST_SNR = 0.05  # solvent included: in the molecule it is higher, and priors by shell hold back what is not seen
+LEAST_SNR = 0.05  # of the consensus, solvent included
+BEYOND = 1.2  # the molecule alone is seen farther, and priors by shell hold back what is not seen
 
 
 class LinearSubspace(CryoModel):
@@ -35,8 +36,8 @@ class LinearSubspace(CryoModel):
     contrast: sd of the images' contrast a about 1 to begin with, then learned; 0 holds every contrast at 1
     kmax:     band limit of what moves, cycles a box (default: as far as the consensus shows anything)
     symmetry: point group of every map of the family
-    mask:     "auto", "none" or the path of a map in 0 to 1, outside which nothing is
-    focus:    the path of a map in 0 to 1: what moves is there (default: anywhere in the mask)
+    mask:     "auto", "none" or the path of a map in 0 to 1, outside which next to nothing is expected
+    focus:    the path of a map in 0 to 1, outside which next to no motion is expected (default: the mask)
     """
 
     epochs = 0  # solved in `prepare`
@@ -58,7 +59,8 @@ class LinearSubspace(CryoModel):
         super().__init__(box, noise_groups)
         if zdim < 1 or contrast < 0:
             raise ValueError(f"zdim {zdim}, contrast {contrast}; expected at least 1 and 0")
-        self.zdim, self.kmax, self.mask, self.focus = zdim, kmax, mask, focus
+        self.zdim = self.most = zdim
+        self.contrast, self.kmax, self.mask, self.focus = contrast, kmax, mask, focus
         self.consensus = VoxelGrid(box)
         self.volume = VoxelBasis(box, 1 + zdim)
         self.coefficients: Coefficients = LinearCoefficients(contrast)
@@ -104,36 +106,20 @@ class LinearSubspace(CryoModel):
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
         )
-        if self.kmax is None:
-            self.kmax = band_limit(found.signal_to_noise, LEAST_SNR)
-        family = self.solve(particles, found, torch.Generator().manual_seed(seed), progress)
+        kmax = BEYOND * band_limit(found.signal_to_noise, LEAST_SNR) if self.kmax is None else self.kmax
+        solver = FamilySolver(
+            particles, found, self.symmetry, self.where(), torch.Generator().manual_seed(seed), progress
+        )
+        family = self.solve(solver, min(2 * int(kmax) + 2, self.box))
         self.consensus.set(with_band(found.volume, family.maps[0]))
         self.volume.set(family.maps)
         self.coefficients, self.zdim = family.coefficients, family.zdim
         self.log_sigma.data.copy_(family.sigma.log())
         self.reconstruction = found
 
-    def solve(
-        self, particles: Particles, found: Reconstruction, generator: torch.Generator, progress: Progress
-    ) -> Family:
-        """The family of maps about a consensus."""
-        return solve_subspace(
-            particles,
-            found,
-            self.zdim,
-            symmetry=self.symmetry,
-            side=self.side,
-            contrast_sd=float(self.coefficients.contrast_sd),
-            focus=self.where(),
-            generator=generator,
-            progress=progress,
-        )
-
-    @property
-    def side(self) -> int:
-        """Pixels of the box in which what moves is fitted: of the band limit kmax."""
-        assert self.kmax is not None
-        return min(2 * int(self.kmax) + 2, self.box)
+    def solve(self, solver: FamilySolver, side: int) -> Family:
+        """The family of maps about the consensus, on a box of `side` pixels, which is its band limit."""
+        return solver.subspace(self.most, side, self.contrast)
 
     def where(self) -> Tensor | None:
         """The focus mask, where one was given."""

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pyro
-import torch
 from torch import Tensor
 
-from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import Atoms
 from pyro_cryo.guides.coefficients import CurvedCoefficients
-from pyro_cryo.inference.reconstruct import Reconstruction
-from pyro_cryo.inference.subspace import COARSE, Family, solve_manifold, solve_subspace
+from pyro_cryo.inference.family import COARSE, Family, FamilySolver
 from pyro_cryo.models.linear_subspace import LinearSubspace
-from pyro_cryo.progress import Progress
 
 
 class Manifold(LinearSubspace):
@@ -50,11 +46,6 @@ class Manifold(LinearSubspace):
     def latent(self) -> Tensor:
         return pyro.sample("z", Atoms(self.coefficients.points, self.coefficients.log_weight))
 
-    def solve(
-        self, particles: Particles, found: Reconstruction, generator: torch.Generator, progress: Progress
-    ) -> Family:
-        common = {"symmetry": self.symmetry, "focus": self.where(), "generator": generator, "progress": progress}
-        contrast_sd = float(self.coefficients.contrast_sd)
-        side = self.side
-        linear = solve_subspace(particles, found, self.zdim, side=min(side, COARSE), contrast_sd=contrast_sd, **common)
-        return solve_manifold(particles, found, linear, side=side, points=self.points, features=self.features, **common)
+    def solve(self, solver: FamilySolver, side: int) -> Family:
+        linear = solver.coarse_subspace(self.most, min(side, COARSE), self.contrast)
+        return solver.manifold(linear, side, self.points, self.features)

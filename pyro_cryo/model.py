@@ -53,7 +53,11 @@ class CryoModel(nn.Module):
         model = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind(model, *args, **kwargs)
         bound.apply_defaults()
-        object.__setattr__(model, "arguments", {k: v for k, v in list(bound.arguments.items())[1:]})
+        said = {k: v for k, v in list(bound.arguments.items())[1:]}
+        for name, parameter in bound.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # handed on to the base
+                said |= said.pop(name)
+        object.__setattr__(model, "arguments", said)
         return model
 
     def __init__(self, box: int, noise_groups: int = 1) -> None:
@@ -128,6 +132,19 @@ def refuse_other_stories(model: CryoModel) -> None:
                 f"{type(model).__name__} overrides {hook}, but {recipe.__name__} is solved for as it is, with known "
                 "poses and Gaussian noise; derive from CryoDRGN or CryoModel"
             )
+
+
+def takes(kind: type[CryoModel]) -> list[str]:
+    """Names of the arguments of a model's class, with those that it hands on to its base."""
+    names: list[str] = []
+    for owner in kind.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = list(inspect.signature(owner).parameters.values())
+        names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in names]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names
 
 
 class NoGuide(nn.Module):

@@ -480,3 +480,11 @@ def test_help_loads_nothing_heavy() -> None:
 def test_debug_shows_the_traceback(tmp_path: Path, command: Command) -> None:
     with pytest.raises(FileNotFoundError):
         command("fit", tmp_path / "none.star", "-o", tmp_path / "run", "--debug")
+
+
+def test_arguments_that_a_recipe_hands_on(toy: Path, tmp_path: Path, command: Command) -> None:
+    asked = ("--model", "mixture", "--zdim", 1, "--set", "states=3", "--set", "width=8", "--mask", "none")
+    assert command("fit", toy, "-o", tmp_path / "run", *options(*asked, "--epochs", 1, "--first", 40)) == 0
+    arguments = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    assert (arguments["states"], arguments["width"], arguments["mask"]) == (3, 8, "none")
+    assert Run.load(tmp_path / "run").model.centre.shape == (3, 1)

@@ -51,7 +51,15 @@ def two_state(folder: Path) -> None:
     assert float((volumes[0] - volumes[1]).norm()) > 0.1 * float(volumes[0].norm())
 
 
-KNOWN: dict[str, Callable[[Path], None]] = {"demo.py": demo, "two_state.py": two_state}
+def three_priors(folder: Path) -> None:
+    star = simulate(classes(), folder / "case", n_images=200, box=16, snr=1.0, seed=0)
+    said = run(EXAMPLES / "three_priors.py", star, 2, folder=folder)
+    lines = re.findall(r"^(.+): (-?[\d.]+) nats an image, (-?[\d.]+) \+- ([\d.]+) below", said, re.MULTILINE)
+    assert [line[0] for line in lines] == ["one Gaussian", "two Gaussians", "a flow"]
+    assert min(float(line[2]) for line in lines) == 0
+
+
+KNOWN: dict[str, Callable[[Path], None]] = {"demo.py": demo, "two_state.py": two_state, "three_priors.py": three_priors}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))

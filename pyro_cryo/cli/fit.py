@@ -96,7 +96,9 @@ def run(asked: argparse.Namespace) -> None:
     model = build(kind, asked, particles)
     found = fit(model, particles, asked.out, resume=asked.resume, progress=progress_of(asked), **settings)
     last = f", loss {found.records[-1]['loss']:.4f} nats an image" if "loss" in found.records[-1] else ""
-    print(f"{len(particles)} images of {particles.box} px at {particles.apix:.3f} A{last}; the run is in {asked.out}")
+    shape = f", z of {found.model.zdim} dimensions" if found.model.zdim else ""
+    size = f"{len(particles)} images of {particles.box} px at {particles.apix:.3f} A"
+    print(f"{size}{shape}{last}; the run is in {asked.out}")
 
 
 def refuse_descent(kind: Any, asked: argparse.Namespace) -> None:
@@ -111,9 +113,9 @@ def refuse_descent(kind: Any, asked: argparse.Namespace) -> None:
 
 def build(kind: Any, asked: argparse.Namespace, particles: Any) -> Any:
     """The model that the command line describes, told the box and the noise groups of the data."""
-    import inspect
+    from pyro_cryo.model import takes
 
-    known = inspect.signature(kind.__init__).parameters
+    known = takes(kind)
     arguments: dict[str, Any] = {"box": particles.box, "noise_groups": particles.n_noise_groups}
     arguments = {k: v for k, v in arguments.items() if k in known}
     given = {name: getattr(asked, name) for name in ("zdim", "symmetry", "mask") if name in asked}
@@ -126,8 +128,8 @@ def build(kind: Any, asked: argparse.Namespace, particles: Any) -> Any:
         given[name] = _value(value)
     for name in given:
         if name not in known:
-            takes = ", ".join(k for k in known if k not in ("self", "box", "noise_groups"))
-            raise ValueError(f"model {kind.__name__} has no argument {name}; it takes {takes or 'none'}")
+            others = ", ".join(k for k in known if k not in ("box", "noise_groups"))
+            raise ValueError(f"model {kind.__name__} has no argument {name}; it takes {others or 'none'}")
     try:
         return kind(**arguments, **given)
     except (TypeError, RuntimeError) as error:

@@ -37,7 +37,9 @@ class Atoms(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of values (*batch, d): (*batch,)."""
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-        distance, nearest = torch.cdist(value.expand(*shape, -1).reshape(-1, value.shape[-1]), self.points).min(-1)
+        rows = value.expand(*shape, -1).reshape(-1, value.shape[-1])
+        # By differences: a matrix product leaves a point at a distance from itself.
+        distance, nearest = torch.cdist(rows, self.points, compute_mode="donot_use_mm_for_euclid_dist").min(-1)
         weight = self.log_weight.expand(*shape, -1).reshape(len(nearest), -1).gather(-1, nearest[:, None])[:, 0]
         beside = distance > 1e-3 * self.points.abs().amax()
         return weight.masked_fill(beside, -torch.inf).view(shape)

@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyro
@@ -33,7 +33,14 @@ from pyro_cryo.volumes.conjugate import noise_sd
 from pyro_cryo.volumes.sized import Sized
 
 NODES = 7  # of the quadrature over the contrast
+POINTS = 1 << 15  # coefficients a batch on a CPU: what is read and written for them stays in its cache
+POINTS_GPU = 1 << 21
 LEAST_CONTRAST_SD = 1e-3
+
+
+def images_at_once(count: int, device: torch.device) -> int:
+    """How many images of `count` coefficients are best projected together."""
+    return max(1, (POINTS if device.type == "cpu" else POINTS_GPU) // count)
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,9 @@ class Moments:
     evidence: Tensor
 
     def total(self) -> Moments:
-        """Summed over the images."""
-        return Moments(**{f.name: getattr(self, f.name).sum(0) for f in fields(self)})
+        """Summed over the images, the evidence in double precision: it is compared between passes."""
+        summed = Moments(**{f.name: getattr(self, f.name).sum(0) for f in fields(self)})
+        return replace(summed, evidence=self.evidence.sum(0, dtype=torch.float64))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -155,7 +163,10 @@ class Coefficients(Sized, ABC):
 
     @abstractmethod
     def sample(self, seen: Seen) -> None:
-        """Sample `z`, and `contrast` where it varies, from the posterior of each image: the guide's statements."""
+        """Sample `z`, and `contrast` where it varies, from the posterior of each image: the guide's statements.
+
+        The contrast of a linear family comes from the Normal with its posterior's moments.
+        """
 
     def learn(self, mean: Moments) -> None:
         """The M-step of what is unknown about the coefficients, from moments averaged over all images."""
@@ -299,7 +310,7 @@ class CurvedCoefficients(Coefficients):
     def sample(self, seen: Seen) -> None:
         z = pyro.sample("z", Atoms(self.points, self.moments(seen).weight.log()))
         if self.contrast_varies:
-            y = self.features[torch.cdist(z, self.points).argmin(-1)]
+            y = self.at(z)
             linear, square = (seen.projection * y).sum(-1), torch.einsum("bc,bcd,bd->b", y, seen.gram, y)
             variance = self.contrast_sd.square() / (1 + self.contrast_sd.square() * square)
             pyro.sample("contrast", dist.Normal(1 + variance * (linear - square), variance.sqrt()))

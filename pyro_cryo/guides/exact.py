@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import pyro
+import torch
 from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.guides.coefficients import Coefficients, Projected, Seen
+from pyro_cryo.guides.coefficients import Coefficients, Projected, Seen, images_at_once
 from pyro_cryo.model import CryoModel
 from pyro_cryo.volumes.basis import VoxelBasis
 
 
 class ExactGuide(nn.Module):
-    """q(z, contrast | image) = p(z, contrast | image), given the model's maps. It has no parameters of its own."""
+    """q(z, contrast | image) = p(z, contrast | image), given the model's maps; it has no parameters of its own.
+
+    But for the contrast of a linear family, whose posterior is taken for the Normal with its moments.
+    """
 
     def __init__(self, model: CryoModel, basis: VoxelBasis, coefficients: Coefficients) -> None:
         super().__init__()
@@ -26,8 +30,10 @@ class ExactGuide(nn.Module):
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean (B, zdim) and covariance (B, zdim, zdim) of z."""
-        moments = self._parts[2].moments(self.seen(batch))
-        return moments.z, moments.z_cov
+        rows = images_at_once(self._parts[1].count, batch.image.device)
+        parts = [batch[part] for part in torch.arange(len(batch), device=batch.image.device).split(rows)]
+        moments = [self._parts[2].moments(self.seen(part)) for part in parts]
+        return torch.cat([m.z for m in moments]), torch.cat([m.z_cov for m in moments])
 
     def forward(self, batch: Batch) -> None:
         """Sample `z` and `contrast`."""

@@ -22,14 +22,12 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.coefficients import Coefficients, Moments, Projected
+from pyro_cryo.guides.coefficients import Coefficients, Moments, Projected, images_at_once
 from pyro_cryo.inference.reconstruct import add_shells, noise_floor
 from pyro_cryo.physics.slices import fourier_grid, fourier_grid_adjoint
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, first_tau, mackay_tau
 
-POINTS = 1 << 15  # coefficients a batch on a CPU: what is read and written for them stays in its cache
-POINTS_GPU = 1 << 21
 KEPT_BYTES = 1 << 30  # particles of a small band that are kept in memory from pass to pass
 
 
@@ -77,11 +75,9 @@ class EM:
         self.device = maps.values.device
         self.mean: Moments | None = None
         self.gram = torch.zeros(0)
-        points = POINTS if self.device.type == "cpu" else POINTS_GPU
-        self.batch_size = max(1, points // len(particles.half))
+        self.batch_size = images_at_once(len(particles.half), self.device)
         total = passes * -(-len(particles) // self.batch_size)
         self._ticks = iter(progress(range(total), total, title))
-        self._weight: Tensor | None = None
         self._posterior: list[VoxelPosterior] = []
         bytes_kept = len(particles) * len(particles.half) * 12
         self._kept = list(self._read()) if bytes_kept <= KEPT_BYTES else None
@@ -114,7 +110,6 @@ class EM:
     def _expect(self, taken: Callable[[Moments], Moments]) -> tuple[Tensor, Moments, Tensor]:
         maps, grid = self.maps, fourier_grid(self.maps.values)
         score = torch.zeros(grid.shape[-1], *grid.shape[:3], dtype=grid.dtype, device=self.device)
-        weighing = self._weight is None
         weight = torch.zeros(1, *grid.shape[:3], device=self.device)
         variance = self._variance()
         total: Moments | None = None
@@ -133,8 +128,7 @@ class EM:
             share = (seen.factor.square() / len(self.symmetry)).flatten()[None]
             for points in seen.equivalents(batch, self.symmetry, grid.shape[0]):
                 points.add(score, value)
-                if weighing:
-                    points.add(weight, share)
+                points.add(weight, share)
             fitted = (seen.slices * moments.y[:, None]).sum(-1)
             left = seen.image.abs().square() - 2 * (seen.image.conj() * fitted).real
             left = left + (seen.slices.conj() * explained).real.sum(-1)
@@ -147,12 +141,10 @@ class EM:
             total = moments.total() if total is None else total + moments.total()
         assert total is not None
         self.gram = gram / len(self.particles)
-        if weighing:
-            self._weight = weight[0]
-            empty = NormalEquations(maps.box, torch.zeros_like(score[0]), weight[0])
-            order = len(self.symmetry)
-            first = empty.posterior(maps.scale[0], order=order)
-            self._posterior = [first, empty.posterior(maps.scale[1], order=order, like=first)]
+        empty = NormalEquations(maps.box, torch.zeros_like(score[0]), weight[0])
+        order = len(self.symmetry)
+        first = empty.posterior(maps.scale[0], order=order)
+        self._posterior = [first, empty.posterior(maps.scale[1], order=order, like=first)]
         noise = noise_floor((0.5 * square / count.clamp_min(1)).sqrt())
         noise = torch.where(count > 0, noise, maps.sigma)
         return score, total.over(len(self.particles)), noise

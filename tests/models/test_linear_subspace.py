@@ -144,3 +144,12 @@ def test_another_story_is_not_solved(particles: Particles) -> None:
 
     with pytest.raises(ValueError, match="Heavy overrides noise, but LinearSubspace is solved"):
         fit(Heavy(BOX), particles)
+
+
+def test_a_model_fits_other_particles_anew(particles: Particles) -> None:
+    """What a first fit found is no limit of the next."""
+    model = LinearSubspace(BOX, zdim=3, contrast=0.0)
+    fit(model, particles[:40])
+    first = model.zdim
+    again = fit(model, particles)
+    assert again.model.zdim > first

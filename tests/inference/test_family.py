@@ -15,8 +15,8 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.guides.coefficients import LinearCoefficients, Moments, Projected
 from pyro_cryo.inference.em import EM, Maps
+from pyro_cryo.inference.family import Family, FamilySolver, _scale_on, with_band
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
-from pyro_cryo.inference.subspace import Family, solve_manifold, solve_subspace, with_band
 from pyro_cryo.physics.fourier import resize, volume_to_fourier
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import fourier_grid
@@ -35,7 +35,7 @@ def opened(folder: Path, states: int, images: int = 800, snr: float = 0.5) -> Pa
 def moving(tmp_path_factory: pytest.TempPathFactory) -> tuple[Particles, Reconstruction, Family]:
     particles = opened(tmp_path_factory.mktemp("moving"), 21)
     start = reconstruct(particles)
-    return particles, start, solve_subspace(particles, start, 4, symmetry=C1, side=16)
+    return particles, start, FamilySolver(particles, start, C1).subspace(4, side=16)
 
 
 def moments(particles: Particles, family: Family) -> Moments:
@@ -74,16 +74,17 @@ def test_the_noise_is_that_of_the_images(moving: tuple[Particles, Reconstruction
 def test_a_still_molecule_has_no_motion(tmp_path: Path) -> None:
     particles = opened(tmp_path, 1)
     start = reconstruct(particles)
-    family = solve_subspace(particles, start, 3, symmetry=C1, side=16)
+    solver = FamilySolver(particles, start, C1)
+    family = solver.subspace(3, side=16)
     assert family.zdim == 1
     assert float(family.maps[1].abs().max()) == 0
-    bent = solve_manifold(particles, start, family, symmetry=C1, side=16, points=50)
+    bent = solver.manifold(family, side=16, points=50)
     assert len(bent.maps) == 1
 
 
 def test_bending_follows_the_motion_and_the_population(moving: tuple[Particles, Reconstruction, Family]) -> None:
     particles, start, family = moving
-    bent = solve_manifold(particles, start, family, symmetry=C1, side=BOX, points=150, features=8)
+    bent = FamilySolver(particles, start, C1).manifold(family, side=BOX, points=150, features=8)
     assert bent.maps.shape[-1] == BOX
     assert 2 <= len(bent.maps) <= 9
     found = moments(particles, bent)
@@ -138,3 +139,10 @@ def test_a_band_is_put_in_its_place() -> None:
     inside, middle = slice(BOX // 2 - 5, BOX // 2 + 6), BOX // 2
     torch.testing.assert_close(a[inside, inside, :6], b[inside, inside, :6], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(a[middle, middle, 7:], c[middle, middle, 7:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("box", [8, 16, BOX])
+def test_a_scale_is_the_same_on_every_box(box: int) -> None:
+    for value in (1.0, 0.1):
+        found = _scale_on(torch.full((BOX, BOX, BOX), value), box)
+        torch.testing.assert_close(found, torch.full((box, box, box), value))

@@ -1,0 +1,54 @@
+"""Three populations for one set of images, compared on images that were not fitted: which prior of z do they support?
+
+python examples/three_priors.py particles.star [EPOCHS]
+
+Prints log p(image), a bound from importance draws, of every fifth image under fits to the others.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from pyro import poutine
+
+from pyro_cryo import Particles, Run, fit
+from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.models.flow import Flow
+from pyro_cryo.models.mixture import Mixture
+
+DRAWS = 20
+PRIORS = {"one Gaussian": CryoDRGN, "two Gaussians": Mixture, "a flow": Flow}
+
+
+def log_evidence(run: Run, particles: Particles) -> torch.Tensor:
+    """log mean_k p(image, z_k) / q(z_k | image), z_k drawn from the encoder: (N,), on average at most log p(image)."""
+    each = []
+    with torch.no_grad():
+        for batch in particles.batches(64):
+            ratios = []
+            for _ in range(DRAWS):
+                guide = poutine.trace(run.guide).get_trace(batch)
+                model = poutine.trace(poutine.replay(run.model, guide)).get_trace(batch)
+                model.compute_log_prob()
+                guide.compute_log_prob()
+                gain = model.nodes["z"]["log_prob"] - guide.nodes["z"]["log_prob"]
+                ratios.append(model.nodes["image"]["log_prob"] + gain)
+            each.append(torch.stack(ratios).logsumexp(0) - np.log(DRAWS))
+    return torch.cat(each)
+
+
+if __name__ == "__main__":
+    star, *epochs = sys.argv[1:]
+    particles = Particles.open(star)
+    held = torch.arange(len(particles)) % 5 == 0
+    found = {}
+    for name, kind in PRIORS.items():
+        torch.manual_seed(0)
+        model = kind(particles.box, zdim=2, width=64, noise_groups=particles.n_noise_groups)
+        run = fit(model, particles[~held], epochs=int(epochs[0]) if epochs else 10, learning_rate=2e-3)
+        found[name] = log_evidence(run, particles[held])
+    best = max(found, key=lambda name: float(found[name].mean()))
+    for name, value in found.items():
+        short = found[best] - value
+        error = float(short.std()) / len(value) ** 0.5
+        print(f"{name}: {value.mean():.2f} nats an image, {short.mean():.2f} +- {error:.2f} below {best}")

@@ -1,0 +1,294 @@
+"""Families of maps, solved for: a linear subspace, the curved family within it, classes.
+
+A subspace is V(z) = V_0 + sum_j z_j U_j, z ~ Normal(0, I): EM on a coarse band, then on finer ones. Between passes z is
+whitened and turned to principal axes (parameter-expanded EM, Liu, Rubin and Wu, Biometrika 85 (1998)). Each U_j has a
+variance by shell, so that what the images do not support vanishes (automatic relevance), and components without which
+images that were not fitted are as probable are dropped.
+
+A manifold is V(z) = V_0 + sum_m phi_m(z) F_m, phi the leading kernel principal components (Schoelkopf, Smola and
+Mueller, Neural Computation 10 (1998)) of points drawn from the images' z, which are also the support of a nonparametric
+population. Each F_m has its own variance by shell: how sharply the family may bend is learned, finer where the images
+show more.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.coefficients import (
+    ClassesCoefficients,
+    Coefficients,
+    CurvedCoefficients,
+    LinearCoefficients,
+    Moments,
+    Projected,
+)
+from pyro_cryo.inference.em import EM, Maps
+from pyro_cryo.inference.reconstruct import Reconstruction
+from pyro_cryo.physics.fourier import resize
+from pyro_cryo.physics.slices import fourier_grid
+from pyro_cryo.progress import Progress, quiet
+
+BANDS = ((16, 12, 0), (32, 3, 3))  # boxes of the coarse bands; passes there, and more with priors by component
+COARSE = BANDS[-1][0]
+FEWEST_PASSES = 5  # before a band may be called converged: motions grow out of noise at first
+FINEST_PASSES = 2
+MANIFOLD_PASSES = 3
+CLASS_PASSES = 8
+CLUSTERED = 5000  # images from whose z classes begin
+MOTION_SHARE = 0.1  # of the consensus' variance, that a component is given until it has a prior of its own
+MOST_HELD_OUT = 1000  # images, that are left out of the coarse bands and tell the rank
+SUBSET = 30_000  # images from which a coarse band is learned
+CONVERGED = 30.0  # nats, all images together, that a further pass may still find
+FLOOR = 0.02
+
+
+@dataclass(frozen=True)
+class Family:
+    """Maps and the coefficients that combine them, fitted to images.
+
+    maps:     (C, b, b, b) on the scale of images cropped to b pixels
+    sigma:    (noise groups, D / 2 + 1) noise sd
+    gram:     (C, C) mean information that an image has of the coefficients
+    """
+
+    maps: Tensor
+    coefficients: Coefficients
+    sigma: Tensor
+    gram: Tensor
+
+    @property
+    def zdim(self) -> int:
+        """Dimension of z."""
+        if isinstance(self.coefficients, CurvedCoefficients):
+            return int(self.coefficients.points.shape[1])
+        return len(self.maps) - 1
+
+
+@dataclass(frozen=True)
+class FamilySolver:
+    """Fits families about a consensus.
+
+    particles: N images of box D
+    start:     their consensus
+    symmetry:  (G, 3, 3) point group of every map
+    focus:     (D, D, D) in 0 to 1, where motion may be; default: the solvent mask of the consensus
+    generator: of what is drawn: starting values, the images held out, points
+    """
+
+    particles: Particles
+    start: Reconstruction
+    symmetry: Tensor
+    focus: Tensor | None = None
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    progress: Progress = quiet
+
+    def subspace(self, zdim: int, side: int, contrast_sd: float = 0.1) -> Family:
+        """A linear family of at most zdim components.
+
+        side:        b, even: the band limit b / 2 of what moves
+        contrast_sd: where that of the images starts from; 0 holds their contrast at 1
+        """
+        family = self.coarse_subspace(zdim, side, contrast_sd)
+        em = self._em(self.particles, family, family.maps[1:], side, FINEST_PASSES)
+        for _ in range(FINEST_PASSES):
+            em.step()
+            _whiten(em)
+        return _family(em, family)
+
+    def coarse_subspace(self, zdim: int, side: int, contrast_sd: float = 0.1) -> Family:
+        """The same, from the coarse bands and the images for training alone."""
+        coefficients = LinearCoefficients(contrast_sd).to(self.start.volume.device)
+        family = Family(self.start.volume[None], coefficients, self.start.sigma, torch.zeros(0))
+        moving = self.start.volume.new_zeros(zdim, 4, 4, 4)
+        train, held = self._split
+        for number, (band, passes, solo) in enumerate(BANDS):
+            box = min(band, side)
+            em = self._em(train, family, moving, box, passes + solo + (number == 0))
+            if number == 0:
+                em.begin(_random(zdim, self.generator))
+                _expect_motion(em.maps)
+            before = -math.inf
+            for n in range(passes):
+                evidence = em.step()
+                _whiten(em)
+                _expect_motion(em.maps)
+                if n >= FEWEST_PASSES and (evidence - before) * len(train) < CONVERGED:
+                    break
+                before = evidence
+            for _ in range(solo):
+                em.step()
+                _whiten(em)
+            em.close()
+            family = _family(em, family)
+            moving = family.maps[1:]
+        return _supported(em, family, held)
+
+    def manifold(self, subspace: Family, side: int, points: int = 400, features: int = 24) -> Family:
+        """A coarse subspace bent: maps that are smooth functions of z, z distributed as in the images.
+
+        points:   images whose z are the support of the population
+        features: of z, at most
+        """
+        z = self._points(subspace, points)
+        value, vector = torch.linalg.eigh(subspace.gram[1:, 1:])
+        root = value.clamp_min(0).sqrt()[:, None] * vector.T
+        coefficients = CurvedCoefficients.through(z, root, float(subspace.coefficients.contrast_sd), features)
+        # The linear family in terms of the features: where the curved one starts from.
+        turn = torch.linalg.lstsq(coefficients.features, z).solution
+        maps = torch.einsum("cr,rzyx->czyx", turn, subspace.maps[1:])
+        maps[0] += subspace.maps[0]
+        family = replace(subspace, maps=maps, coefficients=coefficients)
+        train, held = self._split
+        em = self._em(train, family, family.maps[1:], min(COARSE, side), MANIFOLD_PASSES)
+        family = _supported(em, _climbed(em, family, MANIFOLD_PASSES), held)
+        em = self._em(self.particles, family, family.maps[1:], side, FINEST_PASSES)
+        return _climbed(em, family, FINEST_PASSES)
+
+    def classes(self, subspace: Family, count: int, side: int) -> Family:
+        """Maps of `count` >= 2 classes, from clusters in a coarse subspace on."""
+        from scipy.cluster.vq import kmeans2
+
+        z = self._points(subspace, CLUSTERED)
+        information = subspace.gram.diagonal()[1:].clamp_min(0).sqrt()
+        seed = int(torch.randint(2**31, (), generator=self.generator))
+        found = kmeans2((z * information).cpu().numpy(), count, minit="++", seed=seed)[1]
+        label = torch.as_tensor(found).to(z.device)
+        centre = torch.stack([z[label == k].mean(0) if bool((label == k).any()) else z.mean(0) for k in range(count)])
+        maps = subspace.maps[0] + torch.einsum("kr,rzyx->kzyx", centre, subspace.maps[1:])
+        coefficients = ClassesCoefficients(count, float(subspace.coefficients.contrast_sd)).to(z.device)
+        family = replace(subspace, maps=maps, coefficients=coefficients)
+        train, _ = self._split
+        everywhere = replace(self, focus=self.start.scale)  # each is a whole map, not a motion
+        for images, box, passes in ((train, min(COARSE, side), CLASS_PASSES), (self.particles, side, FINEST_PASSES)):
+            others = torch.stack([with_band(self.start.volume, own) for own in family.maps[1:]])
+            family = _climbed(everywhere._em(images, family, others, box, passes), family, passes)
+        return family
+
+    @cached_property
+    def _split(self) -> tuple[Particles, Particles]:
+        """Images from which a coarse band is learned, and others that tell how many components it has."""
+        particles = self.particles
+        order = torch.randperm(len(particles), generator=self.generator)
+        held = min(MOST_HELD_OUT, -(-len(particles) // 10))
+        return particles[order[held:][:SUBSET].sort().values], particles[order[:held].sort().values]
+
+    def _em(self, images: Particles, family: Family, moving: Tensor, box: int, passes: int) -> EM:
+        """EM of a family on a box; `moving` are its maps but the first, on any box."""
+        start, where = self.start, self.start.mask if self.focus is None else self.focus
+        maps = Maps(
+            torch.cat([resize(with_band(start.volume, family.maps[0]), box)[None], resize(moving, box)]),
+            torch.stack([_scale_on(start.scale, box), _scale_on(where, box)]),
+            family.sigma[:, : box // 2 + 1] * (box / images.box),
+        )
+        kind = type(family.coefficients).__name__.removesuffix("Coefficients").lower()
+        title = f"{kind} family at {box} px"
+        return EM(replace(images, box=box), maps, family.coefficients, self.symmetry, self.progress, title, passes)
+
+    def _points(self, family: Family, count: int) -> Tensor:
+        """Posterior means of z of images for training, drawn at random: (L, r)."""
+        train, _ = self._split
+        rows = torch.randperm(len(train), generator=self.generator)[:count].sort().values
+        box = family.maps.shape[-1]
+        chosen, grid = replace(train, box=box)[rows], fourier_grid(family.maps)
+        sigma = family.sigma[:, : box // 2 + 1] * (box / self.particles.box)
+        batches = chosen.batches(32, device=grid.device)
+        return torch.cat([family.coefficients.moments(Projected.of(b, grid, sigma).seen()).z for b in batches])
+
+
+def _climbed(em: EM, before: Family, passes: int) -> Family:
+    """The family after so many passes."""
+    for _ in range(passes):
+        em.step()
+    return _family(em, before)
+
+
+def _family(em: EM, before: Family) -> Family:
+    maps = em.maps
+    box = 2 * (before.sigma.shape[1] - 1)
+    sigma = before.sigma.clone()
+    last = maps.box // 2 + (1 if maps.box == box else 0)  # the shell of the corner is half empty on a smaller box
+    sigma[:, 1:last] = maps.sigma[:, 1:last] * (box / maps.box)
+    return Family(maps.values, em.coefficients, sigma, em.gram)
+
+
+def _supported(em: EM, family: Family, held: Particles) -> Family:
+    """The family with as many components as images that were not fitted support.
+
+    The fewest whose evidence is not less than the best by more than its standard error. Where not even one is
+    supported, one is left, and its map is zero.
+    """
+    most = len(family.maps) - 1
+    if most == 0:
+        return family
+    evidence = em.evidence(replace(held, box=em.maps.box), range(most + 1))
+    short = evidence[int(evidence.mean(1).argmax())] - evidence
+    error = short.std(1) / len(held) ** 0.5
+    rank = int((short.mean(1) <= error).nonzero()[0])
+    kept = max(rank, 1)
+    maps = family.maps[: 1 + kept].clone()
+    if rank == 0:
+        warnings.warn("the images support no motion: all maps of the family are one", UserWarning, stacklevel=5)
+        maps[1:] = 0
+    coefficients = family.coefficients.first(kept)
+    return replace(family, maps=maps, coefficients=coefficients, gram=family.gram[: 1 + kept, : 1 + kept])
+
+
+def with_band(volume: Tensor, low: Tensor) -> Tensor:
+    """A map (D, D, D) with its lowest frequencies taken from one on b <= D voxels (b, b, b)."""
+    box, side = volume.shape[-1], low.shape[-1]
+    return low if box == side else volume + resize(low - resize(volume, side), box)
+
+
+def _scale_on(scale: Tensor, box: int) -> Tensor:
+    """A mask or an envelope on another box, with a floor: what is expected nowhere is never found."""
+    return (resize(scale, box) * (box / scale.shape[-1])).clamp(FLOOR, 1.0)
+
+
+def _expect_motion(maps: Maps) -> None:
+    """A prior that lets every component grow out of noise: a part of the consensus' own variance in each shell."""
+    assert maps.tau is not None
+    maps.tau[1:] = MOTION_SHARE**0.5 * maps.tau[0]
+
+
+def _whiten(em: EM) -> None:
+    """Take up the mean and the covariance of z into the maps, and turn them to the axes of most information."""
+    maps, mean = em.maps, em.mean
+    assert mean is not None
+    assert maps.tau is not None
+    root = torch.linalg.cholesky(mean.z_cov + 1e-6 * torch.eye(len(mean.z), device=mean.z.device))
+    value, vector = torch.linalg.eigh(root.T @ em.gram[1:, 1:] @ root)
+    turn = root @ vector.flip(1)
+    undo = torch.linalg.inv(turn)
+    y = torch.block_diag(torch.ones_like(undo[:1, :1]), undo)
+    y[1:, 0] = -undo @ mean.z  # what the coefficients of the new maps are to those of the old
+    em.mean = replace(mean, yy=y @ mean.yy @ y.T)
+    maps.values = torch.cat(
+        [
+            (maps.values[0] + torch.einsum("j,jzyx->zyx", mean.z, maps.values[1:]))[None],
+            torch.einsum("jk,jzyx->kzyx", turn, maps.values[1:]),
+        ]
+    )
+    maps.tau = torch.cat([maps.tau[:1], (turn.T.square() @ maps.tau[1:].square()).sqrt()])
+    em.gram[1:, 1:] = torch.diag(value.flip(0))
+
+
+def _random(zdim: int, generator: torch.Generator) -> Callable[[Moments], Moments]:
+    """Coefficients drawn at random, with which EM begins."""
+
+    def start(moments: Moments) -> Moments:
+        z = torch.randn(len(moments.y), zdim, generator=generator).to(moments.y)
+        y = torch.cat([torch.ones_like(z[:, :1]), z], -1)
+        pairs = [v[:, :, None] * v[:, None, :] for v in (y, z)]
+        one = torch.ones_like(moments.a)
+        return replace(moments, y=y, yy=pairs[0], z=z, zz=pairs[1], a=one, aa=one)
+
+    return start
