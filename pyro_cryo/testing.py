@@ -101,8 +101,9 @@ def _check_parts(run: Run, batch: Batch) -> None:
         guide: Any = poutine.trace(run.guide).get_trace(batch)  # type: ignore[arg-type, call-arg]
         values = {name: guide.nodes[name]["value"] for name in guide.stochastic_nodes}
         drawn = {name: value for name, value in values.items() if isinstance(value, Tensor) and name != "particles"}
-        if isinstance(getattr(run.model, "symmetry", None), Tensor):
-            run.model.symmetry = run.model.symmetry[:1]  # of equivalent views one is drawn at random
+        symmetry = getattr(run.model, "symmetry", None)
+        if isinstance(symmetry, Tensor):
+            run.model.symmetry = symmetry[:1]  # of equivalent views one is drawn at random
         whole = densities(every, drawn)
         parts = torch.cat([densities(every[:1], drawn), densities(every[1:], drawn)])
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-2), "an image's density depends on the others of its batch"

@@ -52,7 +52,7 @@ def main() -> None:
         }
         print(f"two shuffled passes: {peak_mb() - before:.0f} MB more")
         held = replace(particles, stack=Held(particles))
-        in_memory = {"transform": rate(held, asked.batch_size), "reconstruct": add_up(held, asked.batch_size)}
+        in_memory = {"transform only": rate(held, asked.batch_size), "reconstruct": add_up(held, asked.batch_size)}
         for name, from_disk in streamed.items():
             share = 100 * from_disk / in_memory[name]
             print(f"{name}: {from_disk:.0f} images/s from disk, {in_memory[name]:.0f} from memory: {share:.0f}%")
