@@ -96,7 +96,7 @@ def run(asked: argparse.Namespace) -> None:
     model = build(kind, asked, particles)
     found = fit(model, particles, asked.out, resume=asked.resume, progress=progress_of(asked), **settings)
     last = f", loss {found.records[-1]['loss']:.4f} nats an image" if "loss" in found.records[-1] else ""
-    shape = f", z of {found.model.zdim} dimensions" if found.model.zdim else ""
+    shape = f", z of dimension {found.model.zdim}" if found.model.zdim else ""
     size = f"{len(particles)} images of {particles.box} px at {particles.apix:.3f} A"
     print(f"{size}{shape}{last}; the run is in {asked.out}")
 
