@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import StudentImage
-from pyro_cryo.inference.state import write_atomically
+from pyro_cryo.inference.state import write_arrays
 from pyro_cryo.model import noise_of
 from pyro_cryo.models.cryodrgn import CryoDRGN
 
@@ -43,9 +43,4 @@ class RobustNoise(CryoDRGN):
         with torch.no_grad():
             found = [self.weight(b, z[b.index]).cpu() for b in particles.batches(64, device=z.device)]
         weight = torch.cat(found).numpy()
-
-        def save(beside: Path) -> None:
-            with beside.open("wb") as file:
-                np.savez(file, index=np.arange(len(weight)), weight=weight)
-
-        write_atomically(folder / "weights.npz", save)
+        write_arrays(folder / "weights.npz", index=np.arange(len(weight)), weight=weight)

@@ -66,11 +66,10 @@ def _check_sites(run: Run, batch: Batch) -> None:
         model = poutine.trace(poutine.replay(run.model, guide)).get_trace(batch)  # type: ignore[call-arg]
     model.compute_log_prob()
     guide.compute_log_prob()
-    sites = {name: site for name, site in model.nodes.items() if site["type"] == "sample" and name != "particles"}
+    sampled = {name: site for name, site in model.nodes.items() if site["type"] == "sample"}
+    sites = {name: site for name, site in sampled.items() if type(site["fn"]).__name__ != "_Subsample"}
     assert "image" in sites, "no site `image`; let forward be CryoModel's, or observe the images under that name"
     for name, site in sites.items():
-        if type(site["fn"]).__name__ == "_Subsample":
-            continue
         assert bool(torch.isfinite(site["log_prob"]).all()), f"the density of {name} is not finite"
         assert not isinstance(site["value"], Tensor) or site["value"].device.type == batch.image.device.type, (
             f"{name} is on {site['value'].device}, the images on {batch.image.device}; make what it needs a buffer"

@@ -15,7 +15,7 @@ from pyro_cryo.analysis.latent import density_peaks, kmeans, principal_path
 from pyro_cryo.analysis.maps import contour_level, flip_hand, guinier_bfactor, low_pass, sharpen, write_chimerax
 from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.run import Run
-from pyro_cryo.inference.state import write_atomically
+from pyro_cryo.inference.state import write_arrays
 from pyro_cryo.progress import Progress, quiet
 
 VOLUMES = "volumes.npz"
@@ -124,7 +124,7 @@ def write_series(
     for path, volume in zip(paths, maps, strict=True):
         write_map(path, volume, apix)
     table = np.zeros((1, 0)) if z is None else z
-    write_atomically(out / VOLUMES, lambda path: _save(path, index, table, maps))
+    write_arrays(out / VOLUMES, index=index, z=table, volumes=maps.numpy())
     write_chimerax(out / "series.cxc", paths, contour_level(maps[:: -(-len(maps) // LEVEL_MAPS)]))
     return paths
 
@@ -140,8 +140,3 @@ def _earlier(out: Path) -> list[Path]:
         return []
     with np.load(out / VOLUMES) as file:
         return _names(out, len(file["index"]))
-
-
-def _save(path: Path, index: np.ndarray, z: np.ndarray, maps: Tensor) -> None:
-    with path.open("wb") as file:
-        np.savez(file, index=index, z=z, volumes=maps.numpy())

@@ -26,7 +26,7 @@ from pyro_cryo.guides.coefficients import Coefficients, Moments, Projected, imag
 from pyro_cryo.inference.reconstruct import add_shells, noise_floor
 from pyro_cryo.physics.slices import fourier_grid, fourier_grid_adjoint
 from pyro_cryo.progress import Progress, quiet
-from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, first_tau, mackay_tau
+from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, first_tau, mackay_tau, noise_sd
 
 KEPT_BYTES = 1 << 30  # particles of a small band that are kept in memory from pass to pass
 
@@ -134,9 +134,8 @@ class EM:
             left = left + (seen.slices.conj() * explained).real.sum(-1)
             spread = torch.diagonal(moments.yy, dim1=1, dim2=2) @ variance
             left = left + seen.factor.square() * spread[:, batch.half.shell]
-            # whitened residuals times sigma: what add_shells takes for a premultiplied stack is already divided out
-            sd = maps.sigma[batch.noise_group][:, batch.half.shell]
-            add_shells(square, count, left * sd.square(), replace(batch, noise_scale=None))
+            bare = replace(batch, noise_scale=None)  # what a premultiplied stack scales its noise by is divided out
+            add_shells(square, count, left * noise_sd(bare, maps.sigma).square(), bare)
             gram += said.gram.sum(0)
             total = moments.total() if total is None else total + moments.total()
         assert total is not None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_atomically
+from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_arrays
 from pyro_cryo.model import CryoModel
 from pyro_cryo.progress import Progress, quiet
 
@@ -30,12 +30,7 @@ class Latent:
 
     def write(self, path: Path) -> None:
         """An .npz of the three arrays."""
-
-        def save(beside: Path) -> None:
-            with beside.open("wb") as file:
-                np.savez(file, index=self.index, z=self.z, z_cov=self.z_cov)
-
-        write_atomically(path, save)
+        write_arrays(path, index=self.index, z=self.z, z_cov=self.z_cov)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 
@@ -35,6 +36,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """An .npz of arrays by name."""
+
+    def save(beside: Path) -> None:
+        with beside.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, save)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-CONVOLVED_BYTES = 2 << 20
+CONVOLVED_BYTES = 2 << 20  # of the padded columns that a CPU convolves at a time
 
 
 def slice_coordinates(rotation: Tensor, k: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -127,19 +128,23 @@ class GridPoints:
         """`add_to_grid` of complex or real values (C, M) to grids (C, n, n, n / 2 + 1), in place."""
         if values.is_complex():
             values = torch.where(self.mirrored, values.conj(), values)
-        flat = grids.flatten(1)
+        flat, corners = grids.flatten(1), self._by_corner
 
         def one(channel: int) -> None:
             for index, weight in corners:
                 flat[channel].index_add_(0, index, values[channel] * weight)
 
-        corners = list(zip(self.cell.T.contiguous(), self.weight.T.contiguous(), strict=True))
-        if grids.device.type != "cpu":
+        if grids.device.type != "cpu" or len(grids) == 1:
             for channel in range(len(grids)):
                 one(channel)
             return
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scattering is serial: a channel a thread
             list(pool.map(one, range(len(grids))))
+
+    @cached_property
+    def _by_corner(self) -> list[tuple[Tensor, Tensor]]:
+        """Cell and weight (M,) of each of the eight corners, each read as one run."""
+        return list(zip(self.cell.T.contiguous(), self.weight.T.contiguous(), strict=True))
 
 
 def _corners(points: Tensor, flip: Tensor, n: int, oversample: int) -> Iterator[tuple[Tensor, Tensor]]:
