@@ -6,7 +6,7 @@ import pyro
 from torch import Tensor
 
 from pyro_cryo.distributions import Atoms
-from pyro_cryo.guides.coefficients import CurvedCoefficients
+from pyro_cryo.guides.points import CurvedCoefficients
 from pyro_cryo.inference.family import COARSE, Family, FamilySolver
 from pyro_cryo.models.linear_subspace import LinearSubspace
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.distributions.atoms import Atoms
 from pyro_cryo.physics.fourier import shift_phase
 from pyro_cryo.physics.slices import GridPoints, slice_coordinates
 from pyro_cryo.volumes.conjugate import noise_sd
@@ -183,6 +181,13 @@ class LinearCoefficients(Coefficients):
     def first(self, rank: int) -> LinearCoefficients:
         return self
 
+    def spread(self, mean: Moments) -> tuple[Tensor, Tensor]:
+        """Mean (r,) and covariance (r, r) over the images of all coefficients but the first, at a contrast of 1."""
+        return mean.z, mean.z_cov
+
+    def turned(self, middle: Tensor, undo: Tensor) -> None:
+        """Let undo (y - middle) take the place of y, r of all coefficients but the first: what is expected stays."""
+
     def sample(self, seen: Seen) -> None:
         a = torch.ones_like(seen.projection[:, 0])
         if self.contrast_varies:
@@ -249,107 +254,6 @@ class LinearCoefficients(Coefficients):
         return a, log_joint(a) + measure
 
 
-class CurvedCoefficients(Coefficients):
-    """y = a phi(z), z one of the points (L, r) with probability exp(log_weight), phi_0 = 1.
-
-    The other phi are the leading kernel principal components of the points, of variance one and mean zero over them,
-    for a Gaussian kernel of `width` in the metric |root (z - z')|. The width is the one at which the last of `most`
-    components has 1% of the first one's variance, at least 1; those of less than 0.1% are left out.
-    """
-
-    points: Tensor
-    log_weight: Tensor
-    root: Tensor
-    width: Tensor
-    offset: Tensor
-    extension: Tensor
-    features: Tensor
-
-    def __init__(self, contrast_sd: float) -> None:
-        super().__init__(contrast_sd)
-        for name in ("points", "log_weight", "root", "width", "offset", "extension", "features"):
-            self.register_buffer(name, torch.zeros(0))
-
-    @staticmethod
-    def through(points: Tensor, root: Tensor, contrast_sd: float, most: int = 24) -> CurvedCoefficients:
-        """Features of points (L, r) in the metric of root (r, r); all points alike at first."""
-        made = CurvedCoefficients(contrast_sd).to(points)
-        count = len(points)
-        square = torch.cdist(points @ root.T, points @ root.T).square().double()
-        low, high = 0.0, math.log(1e4)
-        for _ in range(30):
-            middle = 0.5 * (low + high)
-            value = torch.linalg.eigvalsh(torch.exp(-0.5 * square / math.exp(2 * middle))).flip(0)
-            low, high = (middle, high) if value[min(most, count - 1)] > 0.01 * value[0] else (low, middle)
-        kernel = torch.exp(-0.5 * square / math.exp(2 * middle))
-        offset = kernel.mean(0)
-        value, vector = torch.linalg.eigh(kernel - offset - offset[:, None] + offset.mean())
-        value, vector = value.flip(0)[:most], vector.flip(1)[:, :most]
-        kept = value > max(1e-3 * float(value[0]), 1e-9 * count)
-        vector, value = vector[:, kept] * math.sqrt(count), value[kept]
-        made.points, made.root, made.width = points, root, points.new_tensor(math.exp(middle))
-        made.offset, made.extension = offset.to(points), (vector / value).to(points)
-        made.features = torch.cat([torch.ones_like(offset)[:, None], vector], -1).to(points)
-        made.log_weight = torch.full_like(made.offset, -math.log(count))
-        return made
-
-    def at(self, z: Tensor) -> Tensor:
-        """phi at any z (*batch, r): (*batch, C); Nystroem's extension of the components."""
-        square = torch.cdist(z.reshape(-1, z.shape[-1]) @ self.root.T, self.points @ self.root.T).square()
-        kernel = torch.exp(-0.5 * square / self.width**2)
-        centred = kernel - kernel.mean(-1, keepdim=True) - self.offset + self.offset.mean()
-        values = torch.cat([torch.ones_like(kernel[:, :1]), centred @ self.extension], -1)
-        return values.reshape(*z.shape[:-1], -1)
-
-    def first(self, rank: int) -> CurvedCoefficients:
-        made = copy(self)
-        made._buffers = dict(self._buffers)
-        made.extension, made.features = self.extension[:, :rank], self.features[:, : 1 + rank]
-        return made
-
-    def sample(self, seen: Seen) -> None:
-        z = pyro.sample("z", Atoms(self.points, self.moments(seen).weight.log()))
-        if self.contrast_varies:
-            y = self.at(z)
-            linear, square = (seen.projection * y).sum(-1), torch.einsum("bc,bcd,bd->b", y, seen.gram, y)
-            variance = self.contrast_sd.square() / (1 + self.contrast_sd.square() * square)
-            pyro.sample("contrast", dist.Normal(1 + variance * (linear - square), variance.sqrt()))
-
-    def moments(self, seen: Seen) -> Moments:
-        pairs = _pairs(self.features)
-        linear = seen.projection @ self.features.T  # of the image with each point's map: (B, L)
-        square = seen.gram.flatten(1) @ pairs.T
-        s2 = self.contrast_sd.square()
-        shrunk = 1 / (1 + s2 * square)
-        difference = s2 * (linear - square) * shrunk  # of the contrast from 1
-        log_joint = linear - 0.5 * square + 0.5 * difference * (linear - square) + 0.5 * shrunk.log() + self.log_weight
-        evidence = log_joint.logsumexp(-1)
-        weight = (log_joint - evidence[:, None]).exp()
-        a, aa = weight * (1 + difference), weight * ((1 + difference).square() + s2 * shrunk)
-        zz = _pairs(self.points)
-        return Moments(
-            a @ self.features, (aa @ pairs).unflatten(1, (self.features.shape[1],) * 2),
-            weight @ self.points, (weight @ zz).unflatten(1, (self.points.shape[1],) * 2),
-            a.sum(-1), aa.sum(-1), weight, seen.empty + evidence,
-        )  # fmt: skip
-
-    def learn(self, mean: Moments) -> None:
-        super().learn(mean)
-        self.log_weight.copy_((mean.weight + 1e-6).log())
-
-
-class ClassesCoefficients(CurvedCoefficients):
-    """y = a z, z one of the K unit vectors: an image shows one of K maps, and the mean of z is their probabilities."""
-
-    def __init__(self, classes: int, contrast_sd: float) -> None:
-        super().__init__(contrast_sd)
-        self.points, self.features = torch.eye(classes), torch.eye(classes)
-        self.log_weight = torch.full((classes,), -math.log(classes))
-
-    def at(self, z: Tensor) -> Tensor:
-        return z
-
-
 def _given(a: Tensor, eigenvalue: Tensor, image: Tensor, mean_map: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean and variance of z in the eigenbasis given contrasts a (B, K): (B, K, r)."""
     a = a[..., None]
@@ -361,11 +265,6 @@ def _outer(weight: Tensor, value: Tensor, variance: Tensor) -> Tensor:
     """Sum over nodes of weight (value value' + diag variance): (B, r, r)."""
     spread = torch.diag_embed(torch.einsum("bk,bkr->br", weight, variance))
     return torch.einsum("bk,bki,bkj->bij", weight, value, value) + spread
-
-
-def _pairs(rows: Tensor) -> Tensor:
-    """The outer product of each row with itself: (L, C) -> (L, C^2)."""
-    return (rows[:, :, None] * rows[:, None, :]).flatten(1)
 
 
 def _turn(basis: Tensor, values: Tensor) -> Tensor:

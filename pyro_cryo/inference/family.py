@@ -16,20 +16,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.coefficients import (
+from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Projected, Seen, images_at_once
+from pyro_cryo.guides.points import (
     ClassesCoefficients,
-    Coefficients,
     CurvedCoefficients,
-    LinearCoefficients,
-    Moments,
-    Projected,
+    PointCoefficients,
+    fit_points,
+    merge_points,
+    point_evidence,
+    scaled,
 )
 from pyro_cryo.inference.em import EM, Maps
 from pyro_cryo.inference.reconstruct import Reconstruction
@@ -42,8 +44,13 @@ COARSE = BANDS[-1][0]
 FEWEST_PASSES = 5  # before a band may be called converged: motions grow out of noise at first
 FINEST_PASSES = 2
 MANIFOLD_PASSES = 3
-CLASS_PASSES = 8
-CLUSTERED = 5000  # images from whose z classes begin
+CLASS_ROUNDS = 3
+CLASS_PASSES = 4  # of a round
+CLASS_EXCESS = 1.4  # classes in a round, of those that are asked for
+CLASS_SHARE = 0.02  # of the consensus' variance, that differences of classes are given while they are sought
+CLASS_RANKS = (4, 8, 12, 16)  # of the subspace in which classes are sought
+CLUSTERED = 5000  # images among which they are sought
+STARTS = 10
 MOTION_SHARE = 0.1  # of the consensus' variance, that a component is given until it has a prior of its own
 MOST_HELD_OUT = 1000  # images, that are left out of the coarse bands and tell the rank
 SUBSET = 30_000  # images from which a coarse band is learned
@@ -68,7 +75,7 @@ class Family:
     @property
     def zdim(self) -> int:
         """Dimension of z."""
-        if isinstance(self.coefficients, CurvedCoefficients):
+        if isinstance(self.coefficients, PointCoefficients):
             return int(self.coefficients.points.shape[1])
         return len(self.maps) - 1
 
@@ -154,24 +161,64 @@ class FamilySolver:
         return _climbed(em, family, FINEST_PASSES)
 
     def classes(self, subspace: Family, count: int, side: int) -> Family:
-        """Maps of `count` >= 2 classes, from clusters in a coarse subspace on."""
-        from scipy.cluster.vq import kmeans2
+        """Maps of `count` >= 2 classes, from a coarse subspace on.
 
-        z = self._points(subspace, CLUSTERED)
-        information = subspace.gram.diagonal()[1:].clamp_min(0).sqrt()
-        seed = int(torch.randint(2**31, (), generator=self.generator))
-        found = kmeans2((z * information).cpu().numpy(), count, minit="++", seed=seed)[1]
-        label = torch.as_tensor(found).to(z.device)
-        centre = torch.stack([z[label == k].mean(0) if bool((label == k).any()) else z.mean(0) for k in range(count)])
-        maps = subspace.maps[0] + torch.einsum("kr,rzyx->kzyx", centre, subspace.maps[1:])
-        coefficients = ClassesCoefficients(count, float(subspace.coefficients.contrast_sd)).to(z.device)
-        family = replace(subspace, maps=maps, coefficients=coefficients)
+        More classes than are asked for tell apart what the subspace does not: their maps span a better one, in which
+        the images fall into classes anew. In the end those are merged that are told apart least.
+        """
         train, _ = self._split
-        everywhere = replace(self, focus=self.start.scale)  # each is a whole map, not a motion
-        for images, box, passes in ((train, min(COARSE, side), CLASS_PASSES), (self.particles, side, FINEST_PASSES)):
-            others = torch.stack([with_band(self.start.volume, own) for own in family.maps[1:]])
-            family = _climbed(everywhere._em(images, family, others, box, passes), family, passes)
-        return family
+        box, more = min(COARSE, side), math.ceil(CLASS_EXCESS * count)
+        family = subspace
+        for _ in range(CLASS_ROUNDS):
+            family = self._climbed_classes(train, self._classified(family, more), box, CLASS_PASSES)
+        family = self._climbed_classes(train, self._merged(family, count), box, CLASS_PASSES)
+        return self._climbed_classes(self.particles, family, side, FINEST_PASSES)
+
+    def _climbed_classes(self, images: Particles, family: Family, box: int, passes: int) -> Family:
+        em = self._em(images, family, family.maps[1:], box, passes, motion_envelope(family.maps[1:]))
+        for n in range(passes):
+            em.step()
+            _whiten(em)
+            if n + 1 < passes:
+                _expect_differences(em.maps)
+        return _family(em, family)
+
+    def _classified(self, family: Family, count: int) -> Family:
+        """Classes anew: `count` points in the leading axes of a family's maps, as many as held-out images support."""
+        train, held = self._split
+        seen, held_out = self._seen(train, family), self._seen(held, family)
+        best: tuple[float, Tensor, Tensor] | None = None
+        for rank in sorted({min(len(family.maps) - 1, r) for r in CLASS_RANKS}):
+            points, log_weight, _ = fit_points(seen.first(rank), count, STARTS, self.generator)
+            evidence = float(point_evidence(held_out.first(rank), points, log_weight).mean())
+            if best is None or evidence > best[0]:
+                best = evidence, points, log_weight
+        assert best is not None
+        return _family_of_classes(family, *best[1:])
+
+    def _merged(self, family: Family, count: int) -> Family:
+        """The same classes, some of them merged, so that `count` are left."""
+        train, _ = self._split
+        coefficients = family.coefficients
+        assert isinstance(coefficients, ClassesCoefficients)
+        rank = min(len(family.maps) - 1, CLASS_RANKS[-1])
+        points, log_weight = coefficients.features[:, 1 : 1 + rank], coefficients.log_weight
+        return _family_of_classes(
+            family, *merge_points(self._seen(train, family).first(rank), points, log_weight, count)
+        )
+
+    def _seen(self, images: Particles, family: Family) -> Seen:
+        """What some of the images say of a family's coefficients, given their contrasts."""
+        chosen = torch.randperm(len(images), generator=self.generator)[:CLUSTERED].sort().values
+        box = family.maps.shape[-1]
+        grid, sigma = fourier_grid(family.maps), family.sigma[:, : box // 2 + 1] * (box / self.particles.box)
+        parts = []
+        for batch in replace(images, box=box)[chosen].batches(
+            images_at_once(len(images.half), grid.device), device=grid.device
+        ):
+            seen = Projected.of(batch, grid, sigma).seen()
+            parts.append(scaled(seen, family.coefficients.moments(seen).a))
+        return Seen(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Seen)))
 
     @cached_property
     def _split(self) -> tuple[Particles, Particles]:
@@ -181,9 +228,13 @@ class FamilySolver:
         held = min(MOST_HELD_OUT, -(-len(particles) // 10))
         return particles[order[held:][:SUBSET].sort().values], particles[order[:held].sort().values]
 
-    def _em(self, images: Particles, family: Family, moving: Tensor, box: int, passes: int) -> EM:
-        """EM of a family on a box; `moving` are its maps but the first, on any box."""
-        start, where = self.start, self.start.mask if self.focus is None else self.focus
+    def _em(
+        self, images: Particles, family: Family, moving: Tensor, box: int, passes: int, where: Tensor | None = None
+    ) -> EM:
+        """EM of a family on a box; `moving` are its maps but the first, on any box, `where` they may be."""
+        start = self.start
+        if where is None:
+            where = start.mask if self.focus is None else self.focus
         maps = Maps(
             torch.cat([resize(with_band(start.volume, family.maps[0]), box)[None], resize(moving, box)]),
             torch.stack([_scale_on(start.scale, box), _scale_on(where, box)]),
@@ -248,6 +299,33 @@ def with_band(volume: Tensor, low: Tensor) -> Tensor:
     return low if box == side else volume + resize(low - resize(volume, side), box)
 
 
+def _family_of_classes(family: Family, points: Tensor, log_weight: Tensor) -> Family:
+    """The family whose classes are points (K, r) of the first maps of another.
+
+    Its features are orthonormal over the images; those beyond the points' span begin with empty maps.
+    """
+    count = len(points)
+    coefficients = ClassesCoefficients(count, float(family.coefficients.contrast_sd)).to(points)
+    coefficients.log_weight = log_weight
+    weight = log_weight.exp().clamp_min(0.1 / count)
+    root = (weight / weight.sum()).sqrt()[:, None]
+    middle = (root.square() * points).sum(0)
+    spanned = torch.cat([root, root * (points - middle), torch.eye(count).to(points)], 1)
+    features = torch.linalg.qr(spanned)[0] / root
+    coefficients.features = features * features[0, 0].sign()
+    of_points = torch.cat([torch.ones_like(root), points], 1)
+    own = torch.linalg.lstsq(coefficients.features, of_points).solution
+    maps = torch.einsum("mc,czyx->mzyx", own, family.maps[: own.shape[1]])
+    return replace(family, maps=maps, coefficients=coefficients)
+
+
+def motion_envelope(moving: Tensor) -> Tensor:
+    """Prior sd of what moves at each voxel, up to a factor: the local rms of the maps (C, b, b, b), at most 1."""
+    square = torch.nn.functional.avg_pool3d(moving.square().sum(0)[None, None], 3, stride=1, padding=1)[0, 0]
+    local = square.sqrt()
+    return local / local.max()
+
+
 def _scale_on(scale: Tensor, box: int) -> Tensor:
     """A mask or an envelope on another box, with a floor: what is expected nowhere is never found."""
     return (resize(scale, box) * (box / scale.shape[-1])).clamp(FLOOR, 1.0)
@@ -259,26 +337,35 @@ def _expect_motion(maps: Maps) -> None:
     maps.tau[1:] = MOTION_SHARE**0.5 * maps.tau[0]
 
 
+def _expect_differences(maps: Maps) -> None:
+    """The same for what tells classes apart, at least a smaller part."""
+    assert maps.tau is not None
+    maps.tau[1:] = torch.maximum(maps.tau[1:], CLASS_SHARE**0.5 * maps.tau[0])
+
+
 def _whiten(em: EM) -> None:
-    """Take up the mean and the covariance of z into the maps, and turn them to the axes of most information."""
-    maps, mean = em.maps, em.mean
+    """Take up mean and covariance of the coefficients into the maps, and turn these to the axes of most information."""
+    maps, mean, coefficients = em.maps, em.mean, em.coefficients
     assert mean is not None
     assert maps.tau is not None
-    root = torch.linalg.cholesky(mean.z_cov + 1e-6 * torch.eye(len(mean.z), device=mean.z.device))
+    assert isinstance(coefficients, LinearCoefficients | ClassesCoefficients)
+    middle, covariance = coefficients.spread(mean)
+    root = torch.linalg.cholesky(covariance + 1e-6 * torch.eye(len(middle), device=middle.device))
     value, vector = torch.linalg.eigh(root.T @ em.gram[1:, 1:] @ root)
     turn = root @ vector.flip(1)
     undo = torch.linalg.inv(turn)
     y = torch.block_diag(torch.ones_like(undo[:1, :1]), undo)
-    y[1:, 0] = -undo @ mean.z  # what the coefficients of the new maps are to those of the old
+    y[1:, 0] = -undo @ middle  # what the coefficients of the new maps are to those of the old
     em.mean = replace(mean, yy=y @ mean.yy @ y.T)
     maps.values = torch.cat(
         [
-            (maps.values[0] + torch.einsum("j,jzyx->zyx", mean.z, maps.values[1:]))[None],
+            (maps.values[0] + torch.einsum("j,jzyx->zyx", middle, maps.values[1:]))[None],
             torch.einsum("jk,jzyx->kzyx", turn, maps.values[1:]),
         ]
     )
     maps.tau = torch.cat([maps.tau[:1], (turn.T.square() @ maps.tau[1:].square()).sqrt()])
     em.gram[1:, 1:] = torch.diag(value.flip(0))
+    coefficients.turned(middle, undo)
 
 
 def _random(zdim: int, generator: torch.Generator) -> Callable[[Moments], Moments]:

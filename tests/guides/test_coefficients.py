@@ -11,11 +11,11 @@ from torch import Tensor
 from pyro_cryo.distributions import LowRankFourier
 from pyro_cryo.guides.coefficients import (
     Coefficients,
-    CurvedCoefficients,
     LinearCoefficients,
     Moments,
     Seen,
 )
+from pyro_cryo.guides.points import CurvedCoefficients
 
 CONTRAST_SD = 0.2
 
