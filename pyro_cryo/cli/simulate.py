@@ -14,7 +14,9 @@ def add_to(commands: Any) -> None:
     """The command and its arguments."""
     parser = add_command(commands, "simulate", "particles with known truth", run)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--toy", metavar="NAME", help="a built-in complex: hinge (moves) or classes (four states)")
+    what.add_argument(
+        "--toy", metavar="NAME", help="a built-in complex: hinge (swings), rotor (turns) or classes (four states)"
+    )
     what.add_argument("--pdb", type=Path, help="an atomic model; several MODELs are several states")
     what.add_argument("--map", type=Path, nargs="+", help="one or several maps (.mrc), each a state")
     add = parser.add_argument
@@ -39,7 +41,7 @@ def run(asked: argparse.Namespace) -> None:
 
     if asked.toy is not None:
         if asked.toy not in simulation.TOYS:
-            raise ValueError(f"toy {asked.toy!r} is not known; expected {' or '.join(simulation.TOYS)}")
+            raise ValueError(f"toy {asked.toy!r} is not known; expected one of {', '.join(simulation.TOYS)}")
         source: simulation.Source = simulation.TOYS[asked.toy]()
     else:
         source = simulation.from_pdb(asked.pdb) if asked.pdb is not None else simulation.from_maps(asked.map)

@@ -105,8 +105,29 @@ def hinge(n_states: int = 51) -> Complex:
 
     The coordinate runs from 0 to 1. The complex is about 150 angstrom across and has no symmetry and no mirror.
     """
+    _check_states(n_states)
+    coordinate = torch.linspace(0, 1, n_states) if n_states > 1 else torch.full((1,), 0.5)
+    return _swung(coordinate[:, None], 90 * (coordinate - 0.5), axis=(-0.25, 0.45, 1.0))
+
+
+def rotor(n_states: int = 60) -> Complex:
+    """The same two domains: the arm turns about a shaft that leaves the body, full circle.
+
+    The coordinate is (cos, sin) of the angle.
+    """
+    _check_states(n_states)
+    angle = torch.arange(n_states) * (360 / n_states)
+    radians = torch.deg2rad(angle)
+    return _swung(torch.stack([radians.cos(), radians.sin()], -1), angle, axis=(1.0, 0.1, 0.05))
+
+
+def _check_states(n_states: int) -> None:
     if n_states < 1:
         raise ValueError(f"{n_states} states; give at least 1")
+
+
+def _swung(coordinate: Tensor, angle_deg: Tensor, axis: tuple[float, float, float]) -> Complex:
+    """A body, and an arm turned by angles (S,) about an axis through the body's edge."""
     body = _globule(
         [((0, 0, 0), (30, 26, 22)), ((-26, 14, 10), (18, 15, 20)), ((8, -24, -16), (15, 13, 12))], n=140, seed=11
     )
@@ -114,13 +135,11 @@ def hinge(n_states: int = 51) -> Complex:
         [((46, 8, 6), (21, 12, 13)), ((68, 22, 12), (14, 21, 12)), ((66, 40, 26), (10, 11, 16))], n=60, seed=12
     )
     pivot = torch.tensor([28.0, 3.0, 2.0])
-    axis = torch.nn.functional.normalize(torch.tensor([-0.25, 0.45, 1.0]), dim=0)
-    coordinate = torch.linspace(0, 1, n_states) if n_states > 1 else torch.full((1,), 0.5)
-    turn = exp(torch.deg2rad(90 * (coordinate - 0.5))[:, None] * axis)
+    turn = exp(torch.deg2rad(angle_deg)[:, None] * torch.nn.functional.normalize(torch.tensor(axis), dim=0))
     swung = (arm - pivot) @ turn.mT + pivot
-    xyz = torch.cat([body.expand(n_states, -1, -1), swung], 1)
+    xyz = torch.cat([body.expand(len(angle_deg), -1, -1), swung], 1)
     xyz = xyz - xyz.mean((0, 1))
-    return Complex(xyz, torch.ones(xyz.shape[:2]), coordinate[:, None], sigma_angstrom=4.0)
+    return Complex(xyz, torch.ones(xyz.shape[:2]), coordinate, sigma_angstrom=4.0)
 
 
 def classes() -> Complex:

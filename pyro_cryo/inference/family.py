@@ -175,7 +175,7 @@ class FamilySolver:
         return self._climbed_classes(self.particles, family, side, FINEST_PASSES)
 
     def _climbed_classes(self, images: Particles, family: Family, box: int, passes: int) -> Family:
-        em = self._em(images, family, family.maps[1:], box, passes, motion_envelope(family.maps[1:]))
+        em = self._em(images, family, family.maps[1:], box, passes)
         for n in range(passes):
             em.step()
             _whiten(em)
@@ -228,13 +228,11 @@ class FamilySolver:
         held = min(MOST_HELD_OUT, -(-len(particles) // 10))
         return particles[order[held:][:SUBSET].sort().values], particles[order[:held].sort().values]
 
-    def _em(
-        self, images: Particles, family: Family, moving: Tensor, box: int, passes: int, where: Tensor | None = None
-    ) -> EM:
-        """EM of a family on a box; `moving` are its maps but the first, on any box, `where` they may be."""
-        start = self.start
-        if where is None:
-            where = start.mask if self.focus is None else self.focus
+    def _em(self, images: Particles, family: Family, moving: Tensor, box: int, passes: int) -> EM:
+        """EM of a family on a box; `moving` are its maps but the first, on any box: motion is where they have it."""
+        start, where = self.start, self.start.mask if self.focus is None else self.focus
+        if bool(moving.any()):
+            where = where * _on_box(motion_envelope(moving), len(where))
         maps = Maps(
             torch.cat([resize(with_band(start.volume, family.maps[0]), box)[None], resize(moving, box)]),
             torch.stack([_scale_on(start.scale, box), _scale_on(where, box)]),
@@ -328,7 +326,12 @@ def motion_envelope(moving: Tensor) -> Tensor:
 
 def _scale_on(scale: Tensor, box: int) -> Tensor:
     """A mask or an envelope on another box, with a floor: what is expected nowhere is never found."""
-    return (resize(scale, box) * (box / scale.shape[-1])).clamp(FLOOR, 1.0)
+    return _on_box(scale, box).clamp(FLOOR, 1.0)
+
+
+def _on_box(values: Tensor, box: int) -> Tensor:
+    """The same values on another box of the same field of view."""
+    return resize(values, box) * (box / values.shape[-1])
 
 
 def _expect_motion(maps: Maps) -> None:

@@ -1,0 +1,43 @@
+"""How probable images are under a fit with all that is latent integrated out: what models are compared by."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference.run import Run
+
+
+def log_evidence(run: Run, particles: Particles, draws: int = 20, batch_size: int = 64) -> Tensor:
+    """log mean_k p(image, latent_k) / q(latent_k | image), latent_k drawn from the run's guide: (N,), nats.
+
+    A lower bound of log p(image) on average, which more draws tighten (Burda, Grosse and Salakhutdinov, ICLR 2016);
+    exact with one draw where the guide is the exact posterior. Give particles that were not fitted: those that were
+    tell which model has more to fit with.
+    """
+    device = next(run.model.parameters()).device
+    with torch.no_grad():
+        return torch.cat([_of_batch(run, b, draws).cpu() for b in particles.batches(batch_size, device=device)])
+
+
+def _of_batch(run: Run, batch: Batch, draws: int) -> Tensor:
+    ratios = []
+    for _ in range(draws):
+        guide: Any = poutine.trace(run.guide).get_trace(batch)  # type: ignore[arg-type, call-arg]
+        model: Any = poutine.trace(poutine.replay(run.model, guide)).get_trace(batch)  # type: ignore[call-arg]
+        guide.compute_log_prob()
+        model.compute_log_prob()
+        latent = [
+            name for name in guide.stochastic_nodes if guide.nodes[name]["unscaled_log_prob"].shape == (len(batch),)
+        ]
+        ratio = model.nodes["image"]["unscaled_log_prob"]
+        for name in latent:
+            ratio = ratio + model.nodes[name]["unscaled_log_prob"] - guide.nodes[name]["unscaled_log_prob"]
+        ratios.append(ratio)
+    return torch.stack(ratios).logsumexp(0) - math.log(draws)
