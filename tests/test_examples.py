@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from pyro_cryo.inference.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+COMPARED = re.compile(r"^(.+): -?[\d.]+ nats an image, (-?[\d.]+) \+- [\d.]+ below", re.MULTILINE)
 
 
 def run(*words: object, folder: Path) -> str:
@@ -56,9 +58,22 @@ def two_state(folder: Path) -> None:
 def three_priors(folder: Path) -> None:
     star = simulate(classes(), folder / "case", n_images=200, box=16, snr=1.0, seed=0)
     said = run(EXAMPLES / "three_priors.py", star, 2, folder=folder)
-    lines = re.findall(r"^(.+): (-?[\d.]+) nats an image, (-?[\d.]+) \+- ([\d.]+) below", said, re.MULTILINE)
-    assert [line[0] for line in lines] == ["one Gaussian", "two Gaussians", "a flow"]
-    assert min(float(line[2]) for line in lines) == 0
+    found = [(name, float(short)) for name, short in COMPARED.findall(said)]
+    assert [name for name, _ in found] == ["one Gaussian", "two Gaussians", "a flow"]
+    assert min(short for _, short in found) == 0
+
+
+def swap_noise(folder: Path) -> None:
+    """Every seventh image is three times as strong, noise and all."""
+    star = simulate(classes(), folder / "case", n_images=300, box=16, snr=1.0, seed=0)
+    with mrcfile.open(folder / "case" / "particles.mrcs", mode="r+") as stack:
+        stack.data[::7] *= 3
+    said = run(EXAMPLES / "swap_noise.py", star, 4, folder=folder)
+    found = [(name, float(short)) for name, short in COMPARED.findall(said)]
+    assert [name for name, _ in found] == ["Gaussian", "a t for each coefficient", "a t for each image"]
+    print("below the best, nats an image:", found)
+    gaussian, coefficient, image = (short for _, short in found)
+    assert image == 0 < coefficient < gaussian
 
 
 def md_prior(folder: Path) -> None:
@@ -98,6 +113,7 @@ def write_models(path: Path, xyz: torch.Tensor) -> None:
 KNOWN: dict[str, Callable[[Path], None]] = {
     "demo.py": demo,
     "md_prior.py": md_prior,
+    "swap_noise.py": swap_noise,
     "three_priors.py": three_priors,
     "two_state.py": two_state,
 }
