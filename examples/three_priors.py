@@ -6,6 +6,7 @@ Prints log p(image), a bound from importance draws, of every fifth image under f
 """
 
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -37,18 +38,22 @@ def log_evidence(run: Run, particles: Particles) -> torch.Tensor:
     return torch.cat(each)
 
 
-if __name__ == "__main__":
-    star, *epochs = sys.argv[1:]
-    particles = Particles.open(star)
+def compare(kinds: Mapping[str, type[CryoDRGN]], particles: Particles, epochs: int = 10) -> None:
+    """Fit each kind of model to four fifths of the images and print log p(image) of the others, with differences."""
     held = torch.arange(len(particles)) % 5 == 0
     found = {}
-    for name, kind in PRIORS.items():
+    for name, kind in kinds.items():
         torch.manual_seed(0)
         model = kind(particles.box, zdim=2, width=64, noise_groups=particles.n_noise_groups)
-        run = fit(model, particles[~held], epochs=int(epochs[0]) if epochs else 10, learning_rate=2e-3)
+        run = fit(model, particles[~held], epochs=epochs, learning_rate=2e-3)
         found[name] = log_evidence(run, particles[held])
     best = max(found, key=lambda name: float(found[name].mean()))
     for name, value in found.items():
         short = found[best] - value
         error = float(short.std()) / len(value) ** 0.5
         print(f"{name}: {value.mean():.2f} nats an image, {short.mean():.2f} +- {error:.2f} below {best}")
+
+
+if __name__ == "__main__":
+    star, *epochs = sys.argv[1:]
+    compare(PRIORS, Particles.open(star), *map(int, epochs))

@@ -8,16 +8,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
+import torch
 
+from pyro_cryo.data.blobs import Complex
 from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.data.simulate import classes, simulate
+from pyro_cryo.data.simulate import classes, hinge, simulate
 from pyro_cryo.inference.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+COMPARED = re.compile(r"^(.+): -?[\d.]+ nats an image, (-?[\d.]+) \+- [\d.]+ below", re.MULTILINE)
 
 
 def run(*words: object, folder: Path) -> str:
@@ -54,12 +58,65 @@ def two_state(folder: Path) -> None:
 def three_priors(folder: Path) -> None:
     star = simulate(classes(), folder / "case", n_images=200, box=16, snr=1.0, seed=0)
     said = run(EXAMPLES / "three_priors.py", star, 2, folder=folder)
-    lines = re.findall(r"^(.+): (-?[\d.]+) nats an image, (-?[\d.]+) \+- ([\d.]+) below", said, re.MULTILINE)
-    assert [line[0] for line in lines] == ["one Gaussian", "two Gaussians", "a flow"]
-    assert min(float(line[2]) for line in lines) == 0
+    found = [(name, float(short)) for name, short in COMPARED.findall(said)]
+    assert [name for name, _ in found] == ["one Gaussian", "two Gaussians", "a flow"]
+    assert min(short for _, short in found) == 0
 
 
-KNOWN: dict[str, Callable[[Path], None]] = {"demo.py": demo, "two_state.py": two_state, "three_priors.py": three_priors}
+def swap_noise(folder: Path) -> None:
+    """Every seventh image is three times as strong, noise and all."""
+    star = simulate(classes(), folder / "case", n_images=300, box=16, snr=1.0, seed=0)
+    with mrcfile.open(folder / "case" / "particles.mrcs", mode="r+") as stack:
+        stack.data[::7] *= 3
+    said = run(EXAMPLES / "swap_noise.py", star, 4, folder=folder)
+    found = [(name, float(short)) for name, short in COMPARED.findall(said)]
+    assert [name for name, _ in found] == ["Gaussian", "a t for each coefficient", "a t for each image"]
+    print("below the best, nats an image:", found)
+    gaussian, coefficient, image = (short for _, short in found)
+    assert image == 0 < coefficient < gaussian
+
+
+def md_prior(folder: Path) -> None:
+    """A simulation that dwells at one end of a motion, and images that dwell at the other."""
+    toy, steps = hinge(), torch.linspace(0, 1, 100).square()
+    early, late = (50 * steps).round().long(), (50 * (1 - steps)).round().long()
+    write_models(folder / "md.pdb", toy.xyz[early])
+    source = Complex(toy.xyz[late], toy.weight[late], toy.coordinate[late], toy.sigma_angstrom)
+    star = simulate(source, folder / "case", n_images=400, box=24, snr=0.3, seed=0)
+    said = run(EXAMPLES / "md_prior.py", star, "md.pdb", folder=folder)
+    line = r"^state \d, about frame (\d+): (.+) of the simulation, (.+) \+- (.+) of the images"
+    table = np.array(re.findall(line, said, re.MULTILINE), float)
+    with np.load(folder / "case" / "truth.npz") as truth:
+        coordinate = truth["coordinate"][:, 0]
+    middle = toy.coordinate[early[table[:, 0].astype(int)], 0].numpy()
+    state = np.abs(coordinate[:, None] - middle).argmin(1)
+    true = np.bincount(state, minlength=len(middle)) / len(state)
+    _, simulated, found, sd = table.T
+    print(f"populations: simulation {simulated}, images {found} +- {sd}, true {true}")
+    assert float(np.abs(found - true).max()) < 0.06  # and which state an image at a border is of is a matter of taste
+    assert float(np.abs(simulated - true).max()) > 0.3
+    assert 0.01 < sd.min() < sd.max() < 0.05
+    starless = run(EXAMPLES / "md_prior.py", star, folder=folder)
+    assert len(re.findall(line, starless, re.MULTILINE)) == 3
+
+
+def write_models(path: Path, xyz: torch.Tensor) -> None:
+    """Frames (S, A, 3) as MODELs of CA atoms."""
+    with path.open("w") as file:
+        for number, frame in enumerate(xyz.tolist(), 1):
+            file.write(f"MODEL     {number:4d}\n")
+            for serial, (x, y, z) in enumerate(frame, 1):
+                file.write(f"ATOM  {serial:5d}  CA  ALA A{serial:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00\n")
+            file.write("ENDMDL\n")
+
+
+KNOWN: dict[str, Callable[[Path], None]] = {
+    "demo.py": demo,
+    "md_prior.py": md_prior,
+    "swap_noise.py": swap_noise,
+    "three_priors.py": three_priors,
+    "two_state.py": two_state,
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -169,3 +169,17 @@ def shift_phase(k: Tensor, translation_px: Tensor, box: int) -> Tensor:
     """S(t)(k) = exp(-2 pi i k.t / D), what moves an image by t: (P, 2), (*batch, 2) -> (*batch, P) complex."""
     angle = (-2 * math.pi / box) * (translation_px @ k.T)
     return torch.polar(torch.ones_like(angle), angle)
+
+
+def displacement_px(volume: Tensor, reference: Tensor) -> Tensor:
+    """How far a map lies from another, both (D, D, D) z-y-x: (3,) voxels along x, y, z, at most D / 2 each.
+
+    Where their cross-correlation, over all circular shifts, is largest; between voxels by a parabola along each axis.
+    """
+    spectrum = torch.fft.rfftn(volume) * torch.fft.rfftn(reference).conj()
+    correlation = torch.fft.irfftn(spectrum, s=volume.shape)
+    peak = torch.unravel_index(correlation.argmax(), volume.shape)
+    before, after = (torch.stack([correlation.roll(step, axis)[peak] for axis in range(3)]) for step in (1, -1))
+    place = torch.stack(peak) + 0.5 * (after - before) / (2 * correlation[peak] - before - after)
+    half = volume.shape[-1] / 2
+    return ((place + half) % (2 * half) - half).flip(0)

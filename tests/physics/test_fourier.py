@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_cryo.physics.fourier import (
     HalfPlane,
+    displacement_px,
     fourier_to_volume,
     half_plane_to_image,
     half_radius,
@@ -166,3 +167,19 @@ def test_a_resized_map_is_what_resized_images_show(box: int) -> None:
 
 def test_no_map_is_resized_to_none() -> None:
     assert resize(torch.zeros(0, 16, 16, 16), 12).shape == (0, 12, 12, 12)
+
+
+@pytest.mark.parametrize("moved", [(0.0, 0.0, 0.0), (2.0, -3.0, 1.0), (-1.3, 0.4, 2.6)])
+def test_a_displaced_map_is_found_where_it_lies(moved: tuple[float, float, float]) -> None:
+    """In x, y, z and to a tenth of a voxel, with noise as strong as the map."""
+    axis = torch.arange(24.0) - 12
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+
+    def blobs(at: tuple[float, float, float]) -> Tensor:
+        centres = [(0, 0, 0), (4, 1, -2), (-3, 3, 2)]
+        each = [(x - a - at[0]) ** 2 + (y - b - at[1]) ** 2 + (z - c - at[2]) ** 2 for a, b, c in centres]
+        return sum(torch.exp(-square / 6) for square in each)  # type: ignore[return-value]
+
+    noise = float(blobs(moved).std()) * torch.randn(24, 24, 24, generator=seeded())
+    found = displacement_px(blobs(moved) + noise, blobs((0.0, 0.0, 0.0)))
+    torch.testing.assert_close(found, torch.tensor(moved), rtol=0, atol=0.1)
