@@ -8,34 +8,15 @@ Prints log p(image), a bound from importance draws, of every fifth image under f
 import sys
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from pyro import poutine
 
-from pyro_cryo import Particles, Run, fit
+from pyro_cryo import Particles, fit
+from pyro_cryo.analysis.evidence import log_evidence
 from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.flow import Flow
 from pyro_cryo.models.mixture import Mixture
 
-DRAWS = 20
 PRIORS = {"one Gaussian": CryoDRGN, "two Gaussians": Mixture, "a flow": Flow}
-
-
-def log_evidence(run: Run, particles: Particles) -> torch.Tensor:
-    """log mean_k p(image, z_k) / q(z_k | image), z_k drawn from the encoder: (N,), on average at most log p(image)."""
-    each = []
-    with torch.no_grad():
-        for batch in particles.batches(64):
-            ratios = []
-            for _ in range(DRAWS):
-                guide = poutine.trace(run.guide).get_trace(batch)
-                model = poutine.trace(poutine.replay(run.model, guide)).get_trace(batch)
-                model.compute_log_prob()
-                guide.compute_log_prob()
-                gain = model.nodes["z"]["log_prob"] - guide.nodes["z"]["log_prob"]
-                ratios.append(model.nodes["image"]["log_prob"] + gain)
-            each.append(torch.stack(ratios).logsumexp(0) - np.log(DRAWS))
-    return torch.cat(each)
 
 
 def compare(kinds: Mapping[str, type[CryoDRGN]], particles: Particles, epochs: int = 10) -> None:

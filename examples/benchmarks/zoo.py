@@ -31,9 +31,11 @@ from pyro_cryo.models.circle import Circle
 from pyro_cryo.models.classes import Classes
 from pyro_cryo.models.contrast import Contrast
 from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.models.deformation import Deformation
 from pyro_cryo.models.flow import Flow
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.models.mixture import Mixture
+from pyro_cryo.models.optics_noise import OpticsNoise
 from pyro_cryo.models.robust_noise import RobustNoise
 from pyro_cryo.models.vamp import Vamp
 
@@ -43,6 +45,7 @@ MAJOR = 0.7  # the share of one of two states
 JUNK = 0.15  # the share of images whose noise is JUNK_NOISE times the others'
 JUNK_NOISE = 2.0
 CONTRAST_SD = 0.3
+MICROGRAPHS = 120
 SIZE = {"width": 48, "layers": 2}
 
 
@@ -97,6 +100,14 @@ def with_contrast(folder: Path, seed: int) -> Case:
     return Case(scaled(case.particles, contrast), contrast)
 
 
+def of_micrographs(folder: Path, seed: int) -> Case:
+    """Images of many optics groups, each of few images, whose noise is the same."""
+    case = simulated(hinge(11), folder, seed)
+    table = case.particles.table
+    group = torch.arange(len(case.truth)) % MICROGRAPHS
+    return Case(replace(case.particles, table=replace(table, group=group, groups=table.groups * MICROGRAPHS)), group)
+
+
 def scaled(particles: Particles, factor: Tensor) -> Particles:
     return replace(particles, table=replace(particles.table, sign=particles.table.sign * factor))
 
@@ -134,6 +145,19 @@ def on_a_circle(run: Run, case: Case) -> list[tuple[str, float, float]]:
     turns = float((total.roll(-1) * total.conj()).angle().sum()) / (2 * np.pi)
     near = (on * total[case.truth].conj()).angle().abs() < np.pi / 6
     return [("turns", abs(turns), 1.0), ("near their state", float(near.float().mean()), 1.0)]
+
+
+def along_the_swing(run: Run, case: Case) -> list[tuple[str, float, float]]:
+    """Rank correlation of z and the angle, the sense of z being nobody's."""
+    from scipy.stats import spearmanr
+
+    return [("rank correlation", abs(float(spearmanr(run.latent.z[:, 0], case.truth.numpy())[0])), 1.0)]
+
+
+def noise_found(run: Run, case: Case) -> list[tuple[str, float, float]]:
+    """How far the micrographs' noise is apart, rms of log sigma: it is one spectrum."""
+    log_sigma = run.model.log_sigma.detach()[:, 1 : BOX // 2]
+    return [("rms between micrographs", float((log_sigma - log_sigma.mean(0)).square().mean().sqrt()), 0.0)]
 
 
 def labels(run: Run, case: Case) -> list[tuple[str, float, float]]:
@@ -193,6 +217,18 @@ TRIALS = {
     ),
     "robust_noise": Trial(
         with_junk, lambda: RobustNoise(BOX, zdim=1, **SIZE), lambda: CryoDRGN(BOX, zdim=1, **SIZE), junk_found
+    ),
+    "deformation": Trial(
+        lambda folder, seed: simulated(hinge(), folder, seed, snr=0.3),
+        lambda: Deformation(BOX, zdim=1, points=1024, **SIZE),
+        lambda: CryoDRGN(BOX, zdim=1, **SIZE),
+        along_the_swing,
+    ),
+    "optics_noise": Trial(
+        of_micrographs,
+        lambda: OpticsNoise(BOX, zdim=1, noise_groups=MICROGRAPHS, **SIZE),
+        lambda: CryoDRGN(BOX, zdim=1, noise_groups=MICROGRAPHS, **SIZE),
+        noise_found,
     ),
     "contrast": Trial(
         with_contrast, lambda: Contrast(BOX, zdim=1, **SIZE), lambda: CryoDRGN(BOX, zdim=1, **SIZE), contrast_found

@@ -19,6 +19,8 @@ WITHIN = {
     "of the junk found": 0.05,
     "sd": 0.03,
     "correlation": 0.06,
+    "rank correlation": 0.05,
+    "rms between micrographs": 0.02,
 }
 
 
