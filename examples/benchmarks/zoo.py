@@ -193,15 +193,14 @@ def contrast_found(run: Run, case: Case) -> list[tuple[str, float, float]]:
     return [("sd", float(model.log_s.exp()), float(case.truth.log().std())), ("correlation", correlation, 1.0)]
 
 
+def one_gaussian() -> CryoDRGN:
+    return CryoDRGN(BOX, zdim=1, **SIZE)
+
+
 TRIALS = {
-    "mixture": Trial(
-        two_states,
-        lambda: Mixture(BOX, zdim=1, states=2, **SIZE),
-        lambda: CryoDRGN(BOX, zdim=1, **SIZE),
-        weight_of_major,
-    ),
-    "flow": Trial(two_states, lambda: Flow(BOX, zdim=1, **SIZE), lambda: CryoDRGN(BOX, zdim=1, **SIZE), share_of_major),
-    "vamp": Trial(two_states, lambda: Vamp(BOX, zdim=1, **SIZE), lambda: CryoDRGN(BOX, zdim=1, **SIZE), share_of_major),
+    "mixture": Trial(two_states, lambda: Mixture(BOX, zdim=1, states=2, **SIZE), one_gaussian, weight_of_major, 40),
+    "flow": Trial(two_states, lambda: Flow(BOX, zdim=1, **SIZE), one_gaussian, share_of_major, 40),
+    "vamp": Trial(two_states, lambda: Vamp(BOX, zdim=1, **SIZE), one_gaussian, share_of_major, 40),
     "circle": Trial(
         lambda folder, seed: simulated(rotor(), folder, seed),
         lambda: Circle(BOX, **SIZE),
@@ -215,13 +214,11 @@ TRIALS = {
         labels,
         epochs=0,
     ),
-    "robust_noise": Trial(
-        with_junk, lambda: RobustNoise(BOX, zdim=1, **SIZE), lambda: CryoDRGN(BOX, zdim=1, **SIZE), junk_found
-    ),
+    "robust_noise": Trial(with_junk, lambda: RobustNoise(BOX, zdim=1, **SIZE), one_gaussian, junk_found),
     "deformation": Trial(
         lambda folder, seed: simulated(hinge(), folder, seed, snr=0.3),
         lambda: Deformation(BOX, zdim=1, points=1024, **SIZE),
-        lambda: CryoDRGN(BOX, zdim=1, **SIZE),
+        one_gaussian,
         along_the_swing,
     ),
     "optics_noise": Trial(
@@ -230,9 +227,7 @@ TRIALS = {
         lambda: CryoDRGN(BOX, zdim=1, noise_groups=MICROGRAPHS, **SIZE),
         noise_found,
     ),
-    "contrast": Trial(
-        with_contrast, lambda: Contrast(BOX, zdim=1, **SIZE), lambda: CryoDRGN(BOX, zdim=1, **SIZE), contrast_found
-    ),
+    "contrast": Trial(with_contrast, lambda: Contrast(BOX, zdim=1, **SIZE), one_gaussian, contrast_found),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from pyro_cryo.data.blobs import Complex
 from pyro_cryo.data.density_maps import kaiser_bessel_grid, read_kaiser_bessel
 from pyro_cryo.data.mrc_map import write_map
-from pyro_cryo.data.simulate import TOYS, DensityMaps, classes, from_maps, from_pdb, hinge, simulate
+from pyro_cryo.data.simulate import TOYS, DensityMaps, classes, from_maps, from_pdb, hinge, rotor, simulate
 from pyro_cryo.physics.ctf import CTF
 from pyro_cryo.physics.fourier import HalfPlane, image_to_half_plane, shift_phase
 from pyro_cryo.physics.rotations import angle_deg, from_euler_deg, random_rotations
@@ -183,9 +183,17 @@ def test_toys_are_asymmetric_and_their_states_differ(name: str) -> None:
     norm = inner.norm() ** 2
     for dims in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
         assert float((inner * inner.flip(dims)).sum() / norm) < 0.9
-    first, last = source.volume(0, BOX, apix), source.volume(len(source) - 1, BOX, apix)
-    assert float((first * last).sum() / (first.norm() * last.norm())) < 0.9
+    first, *others = (source.volume(state, BOX, apix) for state in (0, len(source) // 2, len(source) - 1))
+    assert min(float((first * other).sum() / (first.norm() * other.norm())) for other in others) < 0.9
     assert float((volume.sum() - inner[1:-1, 1:-1, 1:-1].sum()) / volume.sum()) < 1e-3  # nothing at the faces
+
+
+def test_the_rotor_turns_full_circle() -> None:
+    source = rotor(8)
+    torch.testing.assert_close(source.coordinate.norm(dim=1), torch.ones(8))
+    step = (source.xyz[:, 140:] - source.xyz[:, 140:].roll(-1, 0)).norm(dim=-1).mean(1)
+    torch.testing.assert_close(step, step.mean().expand(8))  # as far from the last to the first as between others
+    torch.testing.assert_close(source.xyz[0, :140], source.xyz[4, :140])
 
 
 def test_the_hinge_moves_one_rigid_domain_through_ninety_degrees() -> None:
