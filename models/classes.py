@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_cryo.distributions import Atoms
 from pyro_cryo.guides.points import ClassesCoefficients
+from pyro_cryo.inference.classes import solve_classes
 from pyro_cryo.inference.family import COARSE, Family, FamilySolver
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.volumes.basis import VoxelBasis
@@ -15,8 +16,8 @@ from pyro_cryo.volumes.basis import VoxelBasis
 class Classes(LinearSubspace):
     """V(z) = sum_k z_k V_k, z one of the K unit vectors with probabilities w that are learned.
 
-    The posterior mean of z, which a run keeps, is the probability of each class. Classes begin as clusters in a linear
-    subspace.
+    The posterior mean of z, which a run keeps, is the probability of each class. Classes are found in a linear subspace
+    and in those that they span themselves.
 
     classes: K, at least 2
     rank:    dimension of that subspace at most
@@ -48,4 +49,4 @@ class Classes(LinearSubspace):
 
     def solve(self, solver: FamilySolver, side: int) -> Family:
         linear = solver.coarse_subspace(self.most, min(side, COARSE), self.contrast)
-        return solver.classes(linear, self.zdim, side)
+        return solve_classes(solver, linear, self.zdim, side)

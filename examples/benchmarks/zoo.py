@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ JUNK = 0.15  # the share of images whose noise is JUNK_NOISE times the others'
 JUNK_NOISE = 2.0
 CONTRAST_SD = 0.3
 MICROGRAPHS = 120
-SIZE = {"width": 48, "layers": 2}
+SIZE: dict[str, Any] = {"width": 48, "layers": 2}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Families of maps, solved for: a linear subspace, the curved family within it, classes.
+"""Families of maps, solved for: a linear subspace and the curved family within it.
 
 A subspace is V(z) = V_0 + sum_j z_j U_j, z ~ Normal(0, I): EM on a coarse band, then on finer ones. Between passes z is
 whitened and turned to principal axes (parameter-expanded EM, Liu, Rubin and Wu, Biometrika 85 (1998)). Each U_j has a
@@ -24,15 +24,7 @@ from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Projected, Seen, images_at_once
-from pyro_cryo.guides.points import (
-    ClassesCoefficients,
-    CurvedCoefficients,
-    PointCoefficients,
-    fit_points,
-    merge_points,
-    point_evidence,
-    scaled,
-)
+from pyro_cryo.guides.points import ClassesCoefficients, CurvedCoefficients, PointCoefficients
 from pyro_cryo.inference.em import EM, Maps
 from pyro_cryo.inference.reconstruct import Reconstruction
 from pyro_cryo.physics.fourier import resize
@@ -44,13 +36,6 @@ COARSE = BANDS[-1][0]
 FEWEST_PASSES = 5  # before a band may be called converged: motions grow out of noise at first
 FINEST_PASSES = 2
 MANIFOLD_PASSES = 3
-CLASS_ROUNDS = 3
-CLASS_PASSES = 4  # of a round
-CLASS_EXCESS = 1.4  # classes in a round, of those that are asked for
-CLASS_SHARE = 0.02  # of the consensus' variance, that differences of classes are given while they are sought
-CLASS_RANKS = (4, 8, 12, 16)  # of the subspace in which classes are sought
-CLUSTERED = 5000  # images among which they are sought
-STARTS = 10
 MOTION_SHARE = 0.1  # of the consensus' variance, that a component is given until it has a prior of its own
 MOST_HELD_OUT = 1000  # images, that are left out of the coarse bands and tell the rank
 SUBSET = 30_000  # images from which a coarse band is learned
@@ -105,37 +90,37 @@ class FamilySolver:
         contrast_sd: where that of the images starts from; 0 holds their contrast at 1
         """
         family = self.coarse_subspace(zdim, side, contrast_sd)
-        em = self._em(self.particles, family, family.maps[1:], side, FINEST_PASSES)
+        em = self.em(self.particles, family, family.maps[1:], side, FINEST_PASSES)
         for _ in range(FINEST_PASSES):
             em.step()
-            _whiten(em)
-        return _family(em, family)
+            whiten(em)
+        return family_of(em, family)
 
     def coarse_subspace(self, zdim: int, side: int, contrast_sd: float = 0.1) -> Family:
         """The same, from the coarse bands and the images for training alone."""
         coefficients = LinearCoefficients(contrast_sd).to(self.start.volume.device)
         family = Family(self.start.volume[None], coefficients, self.start.sigma, torch.zeros(0))
         moving = self.start.volume.new_zeros(zdim, 4, 4, 4)
-        train, held = self._split
+        train, held = self.split
         for number, (band, passes, solo) in enumerate(BANDS):
             box = min(band, side)
-            em = self._em(train, family, moving, box, passes + solo + (number == 0))
+            em = self.em(train, family, moving, box, passes + solo + (number == 0))
             if number == 0:
                 em.begin(_random(zdim, self.generator))
                 _expect_motion(em.maps)
             before = -math.inf
             for n in range(passes):
                 evidence = em.step()
-                _whiten(em)
+                whiten(em)
                 _expect_motion(em.maps)
                 if n >= FEWEST_PASSES and (evidence - before) * len(train) < CONVERGED:
                     break
                 before = evidence
             for _ in range(solo):
                 em.step()
-                _whiten(em)
+                whiten(em)
             em.close()
-            family = _family(em, family)
+            family = family_of(em, family)
             moving = family.maps[1:]
         return _supported(em, family, held)
 
@@ -145,7 +130,7 @@ class FamilySolver:
         points:   images whose z are the support of the population
         features: of z, at most
         """
-        z = self._points(subspace, points)
+        z = subspace.coefficients.moments(self.seen(self.drawn(points), subspace)).z
         value, vector = torch.linalg.eigh(subspace.gram[1:, 1:])
         root = value.clamp_min(0).sqrt()[:, None] * vector.T
         coefficients = CurvedCoefficients.through(z, root, float(subspace.coefficients.contrast_sd), features)
@@ -154,81 +139,34 @@ class FamilySolver:
         maps = torch.einsum("cr,rzyx->czyx", turn, subspace.maps[1:])
         maps[0] += subspace.maps[0]
         family = replace(subspace, maps=maps, coefficients=coefficients)
-        train, held = self._split
-        em = self._em(train, family, family.maps[1:], min(COARSE, side), MANIFOLD_PASSES)
+        train, held = self.split
+        em = self.em(train, family, family.maps[1:], min(COARSE, side), MANIFOLD_PASSES)
         family = _supported(em, _climbed(em, family, MANIFOLD_PASSES), held)
-        em = self._em(self.particles, family, family.maps[1:], side, FINEST_PASSES)
+        em = self.em(self.particles, family, family.maps[1:], side, FINEST_PASSES)
         return _climbed(em, family, FINEST_PASSES)
 
-    def classes(self, subspace: Family, count: int, side: int) -> Family:
-        """Maps of `count` >= 2 classes, from a coarse subspace on.
-
-        More classes than are asked for tell apart what the subspace does not: their maps span a better one, in which
-        the images fall into classes anew. In the end those are merged that are told apart least.
-        """
-        train, _ = self._split
-        box, more = min(COARSE, side), math.ceil(CLASS_EXCESS * count)
-        family = subspace
-        for _ in range(CLASS_ROUNDS):
-            family = self._climbed_classes(train, self._classified(family, more), box, CLASS_PASSES)
-        family = self._climbed_classes(train, self._merged(family, count), box, CLASS_PASSES)
-        return self._climbed_classes(self.particles, family, side, FINEST_PASSES)
-
-    def _climbed_classes(self, images: Particles, family: Family, box: int, passes: int) -> Family:
-        em = self._em(images, family, family.maps[1:], box, passes)
-        for n in range(passes):
-            em.step()
-            _whiten(em)
-            if n + 1 < passes:
-                _expect_differences(em.maps)
-        return _family(em, family)
-
-    def _classified(self, family: Family, count: int) -> Family:
-        """Classes anew: `count` points in the leading axes of a family's maps, as many as held-out images support."""
-        train, held = self._split
-        seen, held_out = self._seen(train, family), self._seen(held, family)
-        best: tuple[float, Tensor, Tensor] | None = None
-        for rank in sorted({min(len(family.maps) - 1, r) for r in CLASS_RANKS}):
-            points, log_weight, _ = fit_points(seen.first(rank), count, STARTS, self.generator)
-            evidence = float(point_evidence(held_out.first(rank), points, log_weight).mean())
-            if best is None or evidence > best[0]:
-                best = evidence, points, log_weight
-        assert best is not None
-        return _family_of_classes(family, *best[1:])
-
-    def _merged(self, family: Family, count: int) -> Family:
-        """The same classes, some of them merged, so that `count` are left."""
-        train, _ = self._split
-        coefficients = family.coefficients
-        assert isinstance(coefficients, ClassesCoefficients)
-        rank = min(len(family.maps) - 1, CLASS_RANKS[-1])
-        points, log_weight = coefficients.features[:, 1 : 1 + rank], coefficients.log_weight
-        return _family_of_classes(
-            family, *merge_points(self._seen(train, family).first(rank), points, log_weight, count)
-        )
-
-    def _seen(self, images: Particles, family: Family) -> Seen:
-        """What some of the images say of a family's coefficients, given their contrasts."""
-        chosen = torch.randperm(len(images), generator=self.generator)[:CLUSTERED].sort().values
+    def seen(self, images: Particles, family: Family) -> Seen:
+        """What images say of a family's coefficients."""
         box = family.maps.shape[-1]
-        grid, sigma = fourier_grid(family.maps), family.sigma[:, : box // 2 + 1] * (box / self.particles.box)
-        parts = []
-        for batch in replace(images, box=box)[chosen].batches(
-            images_at_once(len(images.half), grid.device), device=grid.device
-        ):
-            seen = Projected.of(batch, grid, sigma).seen()
-            parts.append(scaled(seen, family.coefficients.moments(seen).a))
+        grid, sigma, small = fourier_grid(family.maps), self._sigma(family, box), replace(images, box=box)
+        batches = small.batches(images_at_once(len(small.half), grid.device), device=grid.device)
+        parts = [Projected.of(batch, grid, sigma).seen() for batch in batches]
         return Seen(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Seen)))
 
+    def drawn(self, count: int) -> Particles:
+        """Images for training, at most `count`, drawn at random."""
+        train, _ = self.split
+        return train[torch.randperm(len(train), generator=self.generator)[:count].sort().values]
+
     @cached_property
-    def _split(self) -> tuple[Particles, Particles]:
+    def split(self) -> tuple[Particles, Particles]:
         """Images from which a coarse band is learned, and others that tell how many components it has."""
         particles = self.particles
         order = torch.randperm(len(particles), generator=self.generator)
         held = min(MOST_HELD_OUT, -(-len(particles) // 10))
         return particles[order[held:][:SUBSET].sort().values], particles[order[:held].sort().values]
 
-    def _em(self, images: Particles, family: Family, moving: Tensor, box: int, passes: int) -> EM:
+    def em(self, images: Particles, family: Family, moving: Tensor, box: int, passes: int) -> EM:
         """EM of a family on a box; `moving` are its maps but the first, on any box: motion is where they have it."""
         start, where = self.start, self.start.mask if self.focus is None else self.focus
         if bool(moving.any()):
@@ -236,31 +174,25 @@ class FamilySolver:
         maps = Maps(
             torch.cat([resize(with_band(start.volume, family.maps[0]), box)[None], resize(moving, box)]),
             torch.stack([_scale_on(start.scale, box), _scale_on(where, box)]),
-            family.sigma[:, : box // 2 + 1] * (box / images.box),
+            self._sigma(family, box),
         )
         kind = type(family.coefficients).__name__.removesuffix("Coefficients").lower()
         title = f"{kind} family at {box} px"
         return EM(replace(images, box=box), maps, family.coefficients, self.symmetry, self.progress, title, passes)
 
-    def _points(self, family: Family, count: int) -> Tensor:
-        """Posterior means of z of images for training, drawn at random: (L, r)."""
-        train, _ = self._split
-        rows = torch.randperm(len(train), generator=self.generator)[:count].sort().values
-        box = family.maps.shape[-1]
-        chosen, grid = replace(train, box=box)[rows], fourier_grid(family.maps)
-        sigma = family.sigma[:, : box // 2 + 1] * (box / self.particles.box)
-        batches = chosen.batches(32, device=grid.device)
-        return torch.cat([family.coefficients.moments(Projected.of(b, grid, sigma).seen()).z for b in batches])
+    def _sigma(self, family: Family, box: int) -> Tensor:
+        """The noise sd of images cropped to a box: (noise groups, b / 2 + 1)."""
+        return family.sigma[:, : box // 2 + 1] * (box / self.particles.box)
 
 
 def _climbed(em: EM, before: Family, passes: int) -> Family:
     """The family after so many passes."""
     for _ in range(passes):
         em.step()
-    return _family(em, before)
+    return family_of(em, before)
 
 
-def _family(em: EM, before: Family) -> Family:
+def family_of(em: EM, before: Family) -> Family:
     maps = em.maps
     box = 2 * (before.sigma.shape[1] - 1)
     sigma = before.sigma.clone()
@@ -297,26 +229,6 @@ def with_band(volume: Tensor, low: Tensor) -> Tensor:
     return low if box == side else volume + resize(low - resize(volume, side), box)
 
 
-def _family_of_classes(family: Family, points: Tensor, log_weight: Tensor) -> Family:
-    """The family whose classes are points (K, r) of the first maps of another.
-
-    Its features are orthonormal over the images; those beyond the points' span begin with empty maps.
-    """
-    count = len(points)
-    coefficients = ClassesCoefficients(count, float(family.coefficients.contrast_sd)).to(points)
-    coefficients.log_weight = log_weight
-    weight = log_weight.exp().clamp_min(0.1 / count)
-    root = (weight / weight.sum()).sqrt()[:, None]
-    middle = (root.square() * points).sum(0)
-    spanned = torch.cat([root, root * (points - middle), torch.eye(count).to(points)], 1)
-    features = torch.linalg.qr(spanned)[0] / root
-    coefficients.features = features * features[0, 0].sign()
-    of_points = torch.cat([torch.ones_like(root), points], 1)
-    own = torch.linalg.lstsq(coefficients.features, of_points).solution
-    maps = torch.einsum("mc,czyx->mzyx", own, family.maps[: own.shape[1]])
-    return replace(family, maps=maps, coefficients=coefficients)
-
-
 def motion_envelope(moving: Tensor) -> Tensor:
     """Prior sd of what moves at each voxel, up to a factor: the local rms of the maps (C, b, b, b), at most 1."""
     square = torch.nn.functional.avg_pool3d(moving.square().sum(0)[None, None], 3, stride=1, padding=1)[0, 0]
@@ -340,13 +252,7 @@ def _expect_motion(maps: Maps) -> None:
     maps.tau[1:] = MOTION_SHARE**0.5 * maps.tau[0]
 
 
-def _expect_differences(maps: Maps) -> None:
-    """The same for what tells classes apart, at least a smaller part."""
-    assert maps.tau is not None
-    maps.tau[1:] = torch.maximum(maps.tau[1:], CLASS_SHARE**0.5 * maps.tau[0])
-
-
-def _whiten(em: EM) -> None:
+def whiten(em: EM) -> None:
     """Take up mean and covariance of the coefficients into the maps, and turn these to the axes of most information."""
     maps, mean, coefficients = em.maps, em.mean, em.coefficients
     assert mean is not None
