@@ -23,7 +23,7 @@ class Mixture(CryoDRGN):
         if states < 1:
             raise ValueError(f"states is {states}; expected 1 or more")
         self.log_weight = nn.Parameter(torch.zeros(states))
-        self.centre = nn.Parameter(1.5 * torch.randn(states, zdim))
+        self.centre = nn.Parameter(1.5 * apart(states, zdim))
         self.log_sd = nn.Parameter(torch.zeros(states, zdim))
 
     def prior(self) -> dist.MixtureSameFamily:
@@ -33,3 +33,9 @@ class Mixture(CryoDRGN):
 
     def latent(self) -> Tensor:
         return pyro.sample("z", self.prior())
+
+
+def apart(states: int, zdim: int) -> Tensor:
+    """Where states begin: at both ends of every axis, further ones at random; two that begin alike stay alike."""
+    ends = torch.stack([torch.eye(zdim), -torch.eye(zdim)], 1).flatten(0, 1)[:states]
+    return torch.cat([ends, torch.randn(states - len(ends), zdim)])

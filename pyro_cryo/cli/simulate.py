@@ -41,7 +41,7 @@ def run(asked: argparse.Namespace) -> None:
 
     if asked.toy is not None:
         if asked.toy not in simulation.TOYS:
-            raise ValueError(f"toy {asked.toy!r} is not known; expected one of {', '.join(simulation.TOYS)}")
+            raise ValueError(f"toy {asked.toy!r} is not known; expected {', '.join(simulation.TOYS)}")
         source: simulation.Source = simulation.TOYS[asked.toy]()
     else:
         source = simulation.from_pdb(asked.pdb) if asked.pdb is not None else simulation.from_maps(asked.map)
