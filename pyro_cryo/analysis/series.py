@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.analysis.fsc import masked_fsc, resolution_angstrom
-from pyro_cryo.analysis.latent import density_peaks, kmeans, principal_path
+from pyro_cryo.analysis.latent import density_peaks, kmeans, nearest, principal_path
 from pyro_cryo.analysis.maps import contour_level, flip_hand, guinier_bfactor, low_pass, sharpen, write_chimerax
 from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.run import Run
@@ -49,8 +49,12 @@ def at_peaks(run: Run, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 
 
 def along_component(run: Run, component: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """z along a principal component (from 1), 5th to 95th percentile; index is -1, since no image lies there."""
-    return np.full(steps, -1), principal_path(run.latent.z, component, steps)
+    """z of the images nearest to the path along a principal component (from 1), 5th to 95th percentile of its scores.
+
+    The path itself may leave the particles where their curve folds back: between its branches is nothing to be seen.
+    """
+    image = nearest(run.latent.z, principal_path(run.latent.z, component, steps))
+    return image, run.latent.z[image]
 
 
 def from_file(path: Path, zdim: int) -> tuple[np.ndarray, np.ndarray]:

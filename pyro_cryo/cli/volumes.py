@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
     where.add_argument("--kmeans", type=int, metavar="K", help="at the images nearest to K cluster centres")
     where.add_argument("--peaks", type=int, metavar="N", help="at the images nearest to the N highest peaks of z")
     where.add_argument("--z-values", type=Path, metavar="FILE", help="at the rows of a text file or .npy")
-    where.add_argument("--path-along", type=int, metavar="PC", help="along a principal component of z, from 1")
+    where.add_argument("--path-along", type=int, metavar="PC", help="images along a principal component of z, from 1")
     add("--steps", type=int, default=10, help="maps along --path-along")
     add("--low-pass", type=float, metavar="A", help="low-pass at so many angstrom")
     add(

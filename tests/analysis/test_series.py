@@ -61,16 +61,13 @@ def test_peaks_are_at_images_and_fewer_than_asked_for_are_told(run: Run) -> None
 
 
 def test_a_component_runs_between_its_percentiles(run: Run) -> None:
+    """Through particles, whose scores are about those asked for."""
     index, z = along_component(run, 2, 5)
-    assert (index == -1).all()
+    assert_allclose(z, run.latent.z[index])
     parts = pca(run.latent.z)
-    scores, along = parts.project(run.latent.z)[:, 1], parts.project(z)
-    first = parts.project(run.latent.z)[:, 0]
-    for point in along:  # amid the particles of its score
-        near = first[np.abs(scores - point[1]) < 0.3 * scores.std()]
-        assert near.min() < point[0] < near.max()
-    assert_allclose(along[[0, -1], 1], np.percentile(scores, [5, 95]), rtol=1e-6)
-    assert_allclose(np.diff(along[:, 1]), np.diff(along[:, 1])[0], rtol=1e-6)
+    scores, along = parts.project(run.latent.z)[:, 1], parts.project(z)[:, 1]
+    asked = np.linspace(*np.percentile(scores, [5, 95]), 5)
+    assert_allclose(along, asked, atol=scores.std())
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:
