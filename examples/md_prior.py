@@ -94,8 +94,8 @@ class MDPrior(LinearSubspace):
     def weigh(self, particles: Particles, basis: Tensor) -> None:
         """Find the scale g of V0 and U (1 + r, D, D, D) in the images, their contrasts and the populations."""
         self.volume.set(basis)
-        parts = [Projected.of(b, self.volume.grid(), self.sigma.detach()).seen() for b in particles.batches(256)]
-        seen = Seen(*(torch.cat([getattr(p, name) for p in parts]) for name in ("gram", "projection", "empty")))
+        grid, sigma = self.volume.grid(), self.sigma.detach()
+        seen = Seen.of(Projected.of(batch, grid, sigma).seen() for batch in particles.batches(256))
         g = torch.linalg.solve(seen.gram.sum(0), seen.projection.sum(0))[0]  # of V0, at whatever mean of z
         self.volume.set(g * basis)
         self.consensus.set(g * basis[0])

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
+from classes import accuracy
 from torch import Tensor
 
 from pyro_cryo.analysis.evidence import log_evidence
@@ -125,8 +127,10 @@ def share_of_major(run: Run, case: Case) -> list[tuple[str, float, float]]:
 
 def population(run: Run, count: int) -> Tensor:
     """z drawn from the model's prior: (count, zdim)."""
-    with torch.no_grad():
-        return torch.cat([run.model.latent().reshape(1, -1) for _ in range(count)])  # type: ignore[union-attr]
+    with torch.no_grad(), pyro.plate("particles", count):
+        z = run.model.latent()
+    assert z is not None
+    return z
 
 
 def weight_of_major(run: Run, case: Case) -> list[tuple[str, float, float]]:
@@ -162,13 +166,7 @@ def noise_found(run: Run, case: Case) -> list[tuple[str, float, float]]:
 
 
 def labels(run: Run, case: Case) -> list[tuple[str, float, float]]:
-    from scipy.optimize import linear_sum_assignment
-
-    count = int(case.truth.max()) + 1
-    table = np.zeros((count, count))
-    np.add.at(table, (run.latent.z.argmax(1), case.truth.numpy()), 1)
-    rows, columns = linear_sum_assignment(-table)
-    return [("accuracy", float(table[rows, columns].sum() / len(case.truth)), 1.0)]
+    return [("accuracy", accuracy(run.latent.z.argmax(1), case.truth.numpy()), 1.0)]
 
 
 def junk_found(run: Run, case: Case) -> list[tuple[str, float, float]]:

@@ -21,9 +21,8 @@ def log_evidence(run: Run, particles: Particles, draws: int = 20, batch_size: in
     exact with one draw where the guide is the exact posterior. Give particles that were not fitted: those that were
     tell which model has more to fit with.
     """
-    device = next(run.model.parameters()).device
     with torch.no_grad():
-        return torch.cat([_of_batch(run, b, draws).cpu() for b in particles.batches(batch_size, device=device)])
+        return torch.cat([_of_batch(run, b, draws).cpu() for b in particles.batches(batch_size, device=run.device)])
 
 
 def _of_batch(run: Run, batch: Batch, draws: int) -> Tensor:

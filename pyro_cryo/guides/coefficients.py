@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -92,6 +92,12 @@ class Seen:
     gram: Tensor
     projection: Tensor
     empty: Tensor
+
+    @staticmethod
+    def of(parts: Iterable[Seen]) -> Seen:
+        """The images of several batches, one after the other."""
+        each = list(parts)
+        return Seen(*(torch.cat([getattr(part, f.name) for part in each]) for f in fields(Seen)))
 
     def first(self, rank: int) -> Seen:
         """Of the first map and `rank` others alone."""

@@ -153,28 +153,26 @@ class ClassesCoefficients(PointCoefficients):
         self.features = torch.cat([self.features[:, :1], (self.features[:, 1:] - middle) @ undo.T], 1)
 
 
-def fit_points(seen: Seen, count: int, starts: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def fit_points(seen: Seen, count: int, starts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Where `count` points (count, r) of y = (1, point) are best put, and their log weights: a mixture of points.
 
-    The best of some EM fits, each begun from k-means++ on the images' z, with z ~ Normal(0, I); last, the evidence,
-    nats an image. Nothing but the statistics `seen` of the images is read.
+    The most probable of some EM fits, each begun from k-means++ on the images' z, with z ~ Normal(0, I). Nothing but
+    the statistics `seen` of the images is read.
     """
     rank = seen.gram.shape[1] - 1
     eye = torch.eye(rank, dtype=seen.gram.dtype, device=seen.gram.device)
     gram, score = seen.gram[:, 1:, 1:], seen.projection[:, 1:] - seen.gram[:, 1:, 0]
     z = torch.linalg.solve(gram + eye, score)
     plain = z @ torch.linalg.cholesky(gram.mean(0) + 1e-6 * eye)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    fits = []
     for _ in range(starts):
         label = _seeded(plain, count, generator)
         mass = torch.zeros(count, dtype=z.dtype, device=z.device).index_add_(0, label, torch.ones_like(z[:, 0]))
         points = torch.zeros(count, rank, dtype=z.dtype, device=z.device).index_add_(0, label, z)
         points = points / mass.clamp_min(1)[:, None]
-        found = _climb(seen, points, torch.full_like(mass, -math.log(count)))
-        if best is None or found[2] > best[2]:
-            best = found
-    assert best is not None
-    return best
+        fits.append(_climb(seen, points, torch.full_like(mass, -math.log(count))))
+    points, log_weight, _ = max(fits, key=lambda fitted: float(fitted[2]))
+    return points, log_weight
 
 
 def merge_points(seen: Seen, points: Tensor, log_weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -182,6 +180,7 @@ def merge_points(seen: Seen, points: Tensor, log_weight: Tensor, count: int) -> 
 
     Those are merged which the images tell apart least (Ward, J. Am. Stat. Assoc. 58 (1963) 236).
     """
+    points, log_weight = points.clone(), log_weight.clone()
     metric = torch.linalg.cholesky(seen.gram[:, 1:, 1:].mean(0) + 1e-6 * torch.eye(points.shape[1]).to(points))
     while len(points) > count:
         weight = log_weight.exp()

@@ -64,14 +64,14 @@ def _expect_differences(maps: Maps) -> None:
 def _classified(solver: FamilySolver, family: Family, count: int) -> Family:
     """Classes anew: `count` points in the leading axes of a family's maps, as many as held-out images support."""
     seen, held_out = (_given_contrast(solver, images, family) for images in (solver.drawn(CLUSTERED), solver.split[1]))
-    best: tuple[float, Tensor, Tensor] | None = None
-    for rank in sorted({min(len(family.maps) - 1, r) for r in RANKS}):
-        points, log_weight, _ = fit_points(seen.first(rank), count, STARTS, solver.generator)
-        evidence = float(point_evidence(held_out.first(rank), points, log_weight).mean())
-        if best is None or evidence > best[0]:
-            best = evidence, points, log_weight
-    assert best is not None
-    return _at_points(family, *best[1:])
+    ranks = sorted({min(len(family.maps) - 1, r) for r in RANKS})
+    fits = [fit_points(seen.first(rank), count, STARTS, solver.generator) for rank in ranks]
+
+    def evidence(fitted: tuple[Tensor, Tensor]) -> float:
+        points, log_weight = fitted
+        return float(point_evidence(held_out.first(points.shape[1]), points, log_weight).mean())
+
+    return _at_points(family, *max(fits, key=evidence))
 
 
 def _merged(solver: FamilySolver, family: Family, count: int) -> Family:

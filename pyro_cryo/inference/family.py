@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -150,8 +150,7 @@ class FamilySolver:
         box = family.maps.shape[-1]
         grid, sigma, small = fourier_grid(family.maps), self._sigma(family, box), replace(images, box=box)
         batches = small.batches(images_at_once(len(small.half), grid.device), device=grid.device)
-        parts = [Projected.of(batch, grid, sigma).seen() for batch in batches]
-        return Seen(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Seen)))
+        return Seen.of(Projected.of(batch, grid, sigma).seen() for batch in batches)
 
     def drawn(self, count: int) -> Particles:
         """Images for training, at most `count`, drawn at random."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pyro_cryo.physics.fourier import fourier_to_volume, resize, volume_to_fourier
+from pyro_cryo.physics.fourier import fourier_to_volume, half_radius, resize, volume_to_fourier
 from pyro_cryo.physics.splat import project_points, transform_points
 
 WIDTH = 0.5  # sd of a point over the points' spacing: the least at which evenly spread points show no lattice
@@ -161,9 +161,7 @@ class MovingPoints(nn.Module):
 
 def lattice_radius(box: int, device: torch.device) -> Tensor:
     """|k| in cycles a box where `volume_to_fourier` has it: (D, D, D // 2 + 1)."""
-    full = torch.arange(-(box // 2), box // 2, device=device, dtype=torch.float32).square()
-    half = torch.arange(box // 2 + 1, device=device, dtype=torch.float32).square()
-    return (full[:, None, None] + full[:, None] + half).sqrt()
+    return torch.fft.fftshift(half_radius(box, device), dim=(0, 1))
 
 
 def lattice_in(region: Tensor, count: int) -> tuple[Tensor, float]:
