@@ -2,6 +2,15 @@
 
 from pyro_cryo.distributions.atoms import Atoms
 from pyro_cryo.distributions.image import LowRankFourier, StudentImage
+from pyro_cryo.distributions.so3 import MatrixFisher, TangentNormal, UniformRotation
 from pyro_cryo.distributions.volume import ShellNormal
 
-__all__ = ["Atoms", "LowRankFourier", "ShellNormal", "StudentImage"]
+__all__ = [
+    "Atoms",
+    "LowRankFourier",
+    "MatrixFisher",
+    "ShellNormal",
+    "StudentImage",
+    "TangentNormal",
+    "UniformRotation",
+]
