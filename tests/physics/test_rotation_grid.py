@@ -47,7 +47,7 @@ def test_every_centre_is_in_its_cell(level: int) -> None:
     assert torch.equal(grid.cell_of(centre, level), cell)
 
 
-@pytest.mark.parametrize("level", [5, 7, 9])
+@pytest.mark.parametrize("level", [5, 7, 9, 12])
 def test_fine_levels_are_exact_in_single_precision(level: int) -> None:
     cell = some(level)
     drawn = grid.uniform_in(cell, level, torch.Generator().manual_seed(0))
