@@ -19,7 +19,7 @@ Largest distance, in degrees, of a rotation from the centre of its cell and from
     centre of its cell, here          56    33    18   9.4   4.8
     ... by RELION's psi               82    61    52    49    47
     ... by the Hopf coordinate       120   104    97    94    92
-    nearest centre, here              51    27    14   6.7   3.3
+    nearest centre, here              51    28    14   6.7   3.3
 """
 
 from __future__ import annotations
