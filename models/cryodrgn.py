@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.encoder import FrameEncoder
-from pyro_cryo.inference.reconstruct import band_limit, reconstruct
+from pyro_cryo.inference.reconstruct import Reconstruction, band_limit, reconstruct
 from pyro_cryo.model import CryoModel, Density, form_image
 from pyro_cryo.physics.fourier import HalfPlane
 from pyro_cryo.physics.rotations import point_group
@@ -78,11 +78,20 @@ class CryoDRGN(CryoModel):
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
         points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)
-        count = HalfPlane.of(self.box, points.device).count(self.volume.kmax / self.least_scale)
+        count = self.reached(self.reach)
         moving = density(points[..., :count, :], z)
         still = self.consensus(points)
         slices = torch.cat([still[..., :count, :] + moving, still[..., count:, :]], -2)
         return form_image(slices, translation, batch)
+
+    @property
+    def reach(self) -> float:
+        """Cycles a box up to which anything moves."""
+        return self.volume.kmax
+
+    def reached(self, kmax: float) -> int:
+        """How many coefficients of an image can lie within kmax cycles of the model's box."""
+        return HalfPlane.of(self.box).count(kmax / self.least_scale)
 
     def expected(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images of V0 alone (B, P, 2) and the size of a slice's coefficients (P,): what the encoder compares with."""
@@ -104,6 +113,10 @@ class CryoDRGN(CryoModel):
             progress=progress,
         )
         self.least_scale = float(particles.freq_scale.min())
+        self.begin(start, particles, seed, progress)
+
+    def begin(self, start: Reconstruction, particles: Particles, seed: int, progress: Progress) -> None:
+        """Take a consensus, solved for, as where the descent begins."""
         if self.kmax is None:
             self.volume.kmax = band_limit(start.signal_to_noise, MOTION_SNR)
         self.consensus.set(start.volume)

@@ -11,7 +11,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.model import Density, form_image
 from pyro_cryo.models.cryodrgn import CryoDRGN
-from pyro_cryo.physics.fourier import HalfPlane, fourier_to_volume, volume_to_fourier
+from pyro_cryo.physics.fourier import fourier_to_volume, volume_to_fourier
 from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.mask import find_mask
@@ -45,7 +45,7 @@ class Deformation(CryoDRGN):
         assert isinstance(density, MovingPoints)
         assert z is not None
         slices = self.consensus(slice_coordinates(rotation, batch.half.k, batch.freq_scale))
-        count = HalfPlane.of(self.box, z.device).count(density.kmax / self.least_scale)
+        count = self.reached(density.kmax)
         k = batch.half.k[:count]
         moved = density.images(z, rotation, k, batch.freq_scale)
         near = k.norm(dim=-1) * batch.freq_scale[:, None] <= density.kmax

@@ -106,11 +106,10 @@ class LinearSubspace(CryoModel):
             generator=torch.Generator().manual_seed(seed),
             progress=progress,
         )
-        kmax = BEYOND * band_limit(found.signal_to_noise, LEAST_SNR) if self.kmax is None else self.kmax
         solver = FamilySolver(
             particles, found, self.symmetry, self.where(), torch.Generator().manual_seed(seed), progress
         )
-        family = self.solve(solver, min(2 * int(kmax) + 2, self.box))
+        family = self.solve(solver, motion_side(found, self.kmax))
         self.consensus.set(with_band(found.volume, family.maps[0]))
         self.volume.set(family.maps)
         self.coefficients, self.zdim = family.coefficients, family.zdim
@@ -135,3 +134,9 @@ class LinearSubspace(CryoModel):
         """Of the consensus: map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv)."""
         assert self.reconstruction is not None
         write_reconstruction(folder, self.reconstruction, particles.apix)
+
+
+def motion_side(found: Reconstruction, kmax: float | None = None) -> int:
+    """The box on which what moves is solved for; without kmax, as fine as a consensus shows anything."""
+    limit = BEYOND * band_limit(found.signal_to_noise, LEAST_SNR) if kmax is None else kmax
+    return min(2 * int(limit) + 2, found.volume.shape[-1])
