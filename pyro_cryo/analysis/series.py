@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +110,18 @@ def write_series(
     z: np.ndarray | None,
     finish: Callable[[Tensor], Tensor],
     progress: Progress = quiet,
+    volumes: Iterable[Tensor] | None = None,
 ) -> list[Path]:
-    """One .mrc a map, volumes.npz (index, z, volumes (n, D, D, D) z-y-x) and a ChimeraX script series.cxc."""
+    """One .mrc a map, volumes.npz (index, z, volumes (n, D, D, D) z-y-x) and a ChimeraX script series.cxc.
+
+    volumes: the maps at z; default: the model's own
+    """
     apix = run.apix
     points: list[np.ndarray | None] = [None] if z is None else list(z)
     maps = torch.empty(len(points), *(run.model.box,) * 3)
-    for row, point in progress(enumerate(points), len(points), out.name or "maps", unit="map"):
-        maps[row] = finish(run.volume(point))
+    made = map(run.volume, points) if volumes is None else volumes
+    for row, volume in progress(enumerate(made), len(points), out.name or "maps", unit="map"):
+        maps[row] = finish(volume)
     out.mkdir(parents=True, exist_ok=True)
     paths = _names(out, len(maps))
     earlier = _earlier(out)

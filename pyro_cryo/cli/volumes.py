@@ -25,6 +25,11 @@ def add_to(commands: Any) -> None:
     where.add_argument("--z-values", type=Path, metavar="FILE", help="at the rows of a text file or .npy")
     where.add_argument("--path-along", type=int, metavar="PC", help="images along a principal component of z, from 1")
     add("--steps", type=int, default=10, help="maps along --path-along")
+    add(
+        "--local",
+        action="store_true",
+        help="let the images near each z correct its map, in every shell where other images confirm it; reads them all",
+    )
     add("--low-pass", type=float, metavar="A", help="low-pass at so many angstrom")
     add(
         "--bfactor",
@@ -43,22 +48,25 @@ def run(asked: argparse.Namespace) -> None:
     import numpy as np
 
     from pyro_cryo.analysis import series
+    from pyro_cryo.analysis.local import local_maps
     from pyro_cryo.inference.run import Run
 
     refuse_to_overwrite(asked.out / series.VOLUMES, asked.overwrite)
     found = Run.load(asked.run, device=device_of(asked))
     index: Any = np.array([-1])
-    z = None
+    z: Any = None
     if found.model.zdim:
         index, z = _points(asked, found)
-    elif any(getattr(asked, choice) is not None for choice in CHOICES):
-        raise ValueError(f"{asked.run} is a fit of one map, without z; leave the choice of z out")
+    elif asked.local or any(getattr(asked, choice) is not None for choice in CHOICES):
+        raise ValueError(f"{asked.run} is a fit of one map, without z; leave --local and the choice of z out")
     bfactor = asked.bfactor
     if bfactor == "auto":
         bfactor = series.own_bfactor(found)
         print(f"B factor: {bfactor:.0f} A^2")
     finish = series.finishing(found.apix, asked.low_pass, bfactor, asked.flip)
-    paths = series.write_series(found, asked.out, index, z, finish, progress_of(asked))
+    progress = progress_of(asked)
+    volumes = local_maps(found, z, progress=progress) if asked.local else None
+    paths = series.write_series(found, asked.out, index, z, finish, progress, volumes)
     print(f"{len(paths)} maps, {series.VOLUMES} and series.cxc are in {asked.out}")
 
 

@@ -203,6 +203,7 @@ class LinearCoefficients(Coefficients):
         gram = seen.gram * a[:, None, None].square()
         score = seen.projection[:, 1:] * a[:, None] - gram[:, 1:, 0]
         precision = gram[:, 1:, 1:] + torch.eye(score.shape[1], dtype=score.dtype, device=score.device)
+        precision = 0.5 * (precision + precision.mT)  # rounding leaves it less symmetric than the distribution demands
         mean = torch.linalg.solve(precision, score)
         pyro.sample("z", dist.MultivariateNormal(mean, precision_matrix=precision))
 

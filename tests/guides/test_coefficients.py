@@ -1,6 +1,7 @@
 """Exact posteriors of coefficients: against quadrature over contrast and z, and as guides with no gap."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro.distributions as dist
@@ -152,3 +153,10 @@ def test_the_prior_of_contrast_is_normal_about_one() -> None:
     assert float(found.a) == pytest.approx(float(prior.mean))
     assert float(found.aa - found.a.square()) == pytest.approx(float(prior.variance), rel=1e-3)
     torch.testing.assert_close(found.z_cov[0], torch.eye(2).double())
+
+
+def test_draws_do_not_mind_the_rounding_of_a_gram_matrix() -> None:
+    basis, image = columns(3)
+    exact = seen(basis, image)
+    rounded = replace(exact, gram=exact.gram + 1e-4 * torch.randn(3, 3).triu(1).double())
+    double(LinearCoefficients(CONTRAST_SD)).sample(rounded)
