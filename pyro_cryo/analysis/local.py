@@ -196,7 +196,7 @@ class _Local:
                     for equations, mine in zip(halves, (first, ~first), strict=True):
                         rows = (mine & (one > LEAST_WEIGHT)).nonzero().flatten()
                         if len(rows):
-                            equations.add(counting(beyond[rows], one[rows]), self.sigma, self.symmetry)
+                            equations.add(beyond[rows], self.sigma, self.symmetry, one[rows])
         return sums
 
     def estimate(self, volume: Tensor, equations: list[Halves], weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,12 +236,6 @@ def residual(batch: Batch, grid: Tensor) -> Batch:
     points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
     expected = form_image(torch.view_as_real(read_grid(grid, points)), batch.translation, batch)
     return replace(batch, image=batch.image - expected)
-
-
-def counting(batch: Batch, weight: Tensor) -> Batch:
-    """Images whose log likelihoods count weight (B,) times: their noise is that much larger."""
-    scale = weight.rsqrt()[:, None].expand_as(batch.ctf)
-    return replace(batch, noise_scale=scale if batch.noise_scale is None else scale * batch.noise_scale)
 
 
 def correction(equations: NormalEquations, scale: Tensor, order: int = 1) -> Tensor:

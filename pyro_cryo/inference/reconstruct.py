@@ -246,14 +246,18 @@ def image_power(particles: Particles, batch_size: int, device: torch.device | st
     return noise_floor((0.5 * total / count.clamp_min(1)).sqrt())
 
 
-def add_shells(total: Tensor, count: Tensor, square: Tensor, batch: Batch) -> None:
-    """Sum squared coefficients (B, P) by noise group and shell into total and count (G, L)."""
+def add_shells(total: Tensor, count: Tensor, square: Tensor, batch: Batch, weight: Tensor | None = None) -> None:
+    """Sum squared coefficients (B, P) by noise group and shell into total and count (G, L), images by weight (B,)."""
+    each = torch.ones_like(square)
+    if weight is not None:
+        each = each * weight[:, None]
+        square = square * weight[:, None]
     if batch.noise_scale is not None:
         square = square / batch.noise_scale.square()
     shells = total.shape[1]
     index = (batch.noise_group[:, None] * shells + batch.half.shell).flatten()
     total.view(-1).index_add_(0, index, square.flatten())
-    count.view(-1).index_add_(0, index, torch.ones_like(square).flatten())
+    count.view(-1).index_add_(0, index, each.flatten())
 
 
 def noise_floor(sigma: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ trailing channel axis carries the components of a basis. Points with kx < 0 are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +39,20 @@ def fourier_grid(volume: Tensor, oversample: int = 2) -> Tensor:
     corrected = volume / gridding_sinc(box, n, volume.device)
     grid = torch.fft.rfftn(_pad_at_origin(corrected, n), dim=(-3, -2, -1)) / box
     return grid if volume.dim() == 3 else grid.movedim(0, -1).contiguous()
+
+
+def slope_grid(volume: Tensor, oversample: int = 2) -> Tensor:
+    """The oversampled grid of a map's transform and of its gradient: (D, D, D) -> (n, n, n / 2 + 1, 4).
+
+    The last three channels are the derivatives by kx, ky, kz in cycles a box, transforms of -2 pi i r / D times the
+    map.
+    """
+    box = volume.shape[-1]
+    axis = torch.arange(box, device=volume.device) - box // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    grid = fourier_grid(torch.stack([volume, x * volume, y * volume, z * volume]), oversample)
+    grid[..., 1:] *= -2j * math.pi / box
+    return grid
 
 
 def fourier_grid_adjoint(grid: Tensor, box: int) -> Tensor:

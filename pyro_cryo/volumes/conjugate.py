@@ -45,19 +45,22 @@ class NormalEquations:
             box, torch.zeros(shape, dtype=torch.complex64, device=device), torch.zeros(shape, device=device)
         )
 
-    def add(self, batch: Batch, sigma: Tensor, symmetry: Tensor) -> None:
+    def add(self, batch: Batch, sigma: Tensor, symmetry: Tensor, weight: Tensor | None = None) -> None:
         """Add images in place; sigma (noise groups, shells), symmetry (G, 3, 3) the rotations of a point group.
 
         A symmetric map is seen equally from R and R S: each image counts 1 / G from each of its G equivalent views.
+        weight (B,): what each image counts for, 1 by default.
         """
         ctf, inverse_variance = batch.ctf, 1 / noise_sd(batch, sigma).square()
         phase = shift_phase(batch.half.k, batch.translation, batch.half.box)
         share = inverse_variance / len(symmetry)
+        if weight is not None:
+            share = share * weight[:, None]
         value = torch.view_as_complex(batch.image) * phase.conj() * (ctf * share)
-        weight = ctf.square() * share
+        strength = ctf.square() * share
         for element in symmetry:
             points = slice_coordinates(batch.rotation @ element, batch.half.k, batch.freq_scale)
-            add_to_grid(self.value, points, value, also=(self.weight, weight))
+            add_to_grid(self.value, points, value, also=(self.weight, strength))
 
     def __add__(self, other: NormalEquations) -> NormalEquations:
         return NormalEquations(self.box, self.value + other.value, self.weight + other.weight)

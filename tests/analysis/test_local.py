@@ -22,7 +22,6 @@ from pyro_cryo.analysis.local import (
     added,
     best_by_shell,
     correction,
-    counting,
     effective,
     local_estimates,
     local_maps,
@@ -123,7 +122,7 @@ def test_all_images_alike_give_the_consensus(blind: Run) -> None:
     nothing = fourier_grid(torch.zeros(BOX, BOX, BOX))
     for batch in blind.particles.batches(200):
         plain.add(batch, sigma, symmetry)
-        counted.add(counting(residual(batch, nothing), torch.ones(len(batch))), sigma, symmetry)
+        counted.add(residual(batch, nothing), sigma, symmetry, torch.ones(len(batch)))
     torch.testing.assert_close(counted.value, plain.value)
     torch.testing.assert_close(counted.weight, plain.weight)
     consensus = blind.volume(np.zeros(1))

@@ -166,6 +166,16 @@ def test_normal_equations_add_up() -> None:
     torch.testing.assert_close(parts.weight, whole.weight, rtol=0, atol=1e-4)
 
 
+def test_an_image_of_weight_two_counts_as_two_images() -> None:
+    box, sigma = 8, torch.ones(5)
+    batch = observe(torch.randn(box, box, box, generator=seeded()), random_rotations(3, seeded()), sigma)
+    weighted, repeated = NormalEquations.empty(box), NormalEquations.empty(box)
+    weighted.add(batch, sigma[None], point_group("C2"), torch.tensor([2.0, 1.0, 0.0]))
+    repeated.add(batch[torch.tensor([0, 0, 1])], sigma[None], point_group("C2"))
+    torch.testing.assert_close(weighted.value, repeated.value)
+    torch.testing.assert_close(weighted.weight, repeated.weight)
+
+
 def test_noise_sd_is_by_group_and_shell_and_scaled_by_the_image() -> None:
     batch = observe(torch.zeros(8, 8, 8), random_rotations(2, seeded()), torch.ones(5))
     sigma = torch.arange(10.0).view(2, 5)
