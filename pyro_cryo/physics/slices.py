@@ -11,7 +11,6 @@ trailing channel axis carries the components of a basis. Points with kx < 0 are 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,17 +41,13 @@ def fourier_grid(volume: Tensor, oversample: int = 2) -> Tensor:
 
 
 def slope_grid(volume: Tensor, oversample: int = 2) -> Tensor:
-    """The oversampled grid of a map's transform and of its gradient: (D, D, D) -> (n, n, n / 2 + 1, 4).
+    """The oversampled grids of a map V and of x V, y V, z V, voxels from the centre: (D, D, D) -> (n, n, n / 2 + 1, 4).
 
-    The last three channels are the derivatives by kx, ky, kz in cycles a box, transforms of -2 pi i r / D times the
-    map.
+    -2 pi i / D times the last three, once they are read, is the gradient of the first by kx, ky, kz in cycles a box.
     """
-    box = volume.shape[-1]
-    axis = torch.arange(box, device=volume.device) - box // 2
+    axis = torch.arange(volume.shape[-1], device=volume.device) - volume.shape[-1] // 2
     z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    grid = fourier_grid(torch.stack([volume, x * volume, y * volume, z * volume]), oversample)
-    grid[..., 1:] *= -2j * math.pi / box
-    return grid
+    return fourier_grid(torch.stack([volume, x * volume, y * volume, z * volume]), oversample)
 
 
 def fourier_grid_adjoint(grid: Tensor, box: int) -> Tensor:

@@ -1,0 +1,210 @@
+"""Where a particle is seen from, searched over nested grids of rotations and shifts.
+
+With an image's CTF c and noise sigma, its log likelihood at a pose is, up to a constant, a cross term less a square,
+
+    Re sum_k conj(c X / sigma^2) S(t) P(R)  -  1/2 sum_k (c / sigma)^2 |P(R)|^2,
+
+P(R) the central slice of the map at R: matrix products of a batch of images, each with its own CTF and noise, and the
+slices of a whole level of the grid. The first level is searched whole, at a low band limit. The cells with most
+posterior mass, a beam, are then cut into their children, which are compared in a wider band, and so on. At the end
+cells that lie together are one peak.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.physics import rotation_grid, shift_grid
+from pyro_cryo.physics.fourier import HalfPlane, shift_phase
+from pyro_cryo.physics.rotations import angle_deg
+from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.volumes.conjugate import noise_sd
+
+NUMBERS = 1 << 22  # log likelihoods that are held at a time on a CPU
+NUMBERS_GPU = 1 << 28
+TABLE = 1 << 24  # coefficients of all slices of a level, that are kept rather than read again
+NOTHING = -60.0  # nats below the best, that count no more: exponentials of less are slow
+APART = 1.6  # steps of the grid between two peaks
+
+
+@dataclass(frozen=True)
+class Level:
+    """Levels of the grids of rotations and of shifts, and the band limit, cycles a box, in which they are compared."""
+
+    rotations: int
+    shifts: int
+    kmax: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """Peaks of the posterior of B images' poses.
+
+    rotation:    (B, K, 3, 3)
+    translation: (B, K, 2) pixels of the images' box
+    log_mass:    (B, K) of the cells about each peak, the first one's the largest; minus infinity beyond the last peak
+    left_out:    (B,) share of the mass that the beams left out, as the level saw it that was cut
+    evidence:    (B,) log mean likelihood over the poses of the first level, beside that of an empty image
+    """
+
+    rotation: Tensor
+    translation: Tensor
+    log_mass: Tensor
+    left_out: Tensor
+    evidence: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Found:
+        """Those of some images."""
+        return Found(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def to(self, device: torch.device | str) -> Found:
+        """The same on another device."""
+        return Found(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+    @staticmethod
+    def of(parts: list[Found]) -> Found:
+        """The images of several, one after the other."""
+        return Found(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Found)))
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Cells that are compared: rotations (B, C) and shifts (B, T), or (C,) and (T,) where all images have the same.
+
+    value (B, T, C): log posterior of every pair; mass (B, C) and of_shift (B, T): with the other integrated out
+    """
+
+    level: Level
+    rotation: Tensor
+    shift: Tensor
+    value: Tensor
+    mass: Tensor
+    of_shift: Tensor
+
+
+class Search:
+    """A search for the poses of images in one map.
+
+    volume:    (b, b, b), b the box of the images
+    levels:    coarse to fine
+    extent_px: half the side of the square of shifts, pixels of that box
+    shift_sd:  of their prior, Normal(0, shift_sd^2), those pixels
+    symmetry:  (G, 3, 3) point group of the map
+    beam:      cells of a level that are cut, of rotations and half as many of shifts
+    peaks:     K
+    apart:     steps of the last grid, within which cells are of one peak; 0 makes every cell a peak
+    turn:      (3, 3) rotation of the whole grid: R @ turn for R. Only without symmetry; default none
+    """
+
+    def __init__(
+        self,
+        volume: Tensor,
+        levels: tuple[Level, ...],
+        extent_px: float,
+        shift_sd: float,
+        symmetry: Tensor,
+        beam: int = 32,
+        peaks: int = 4,
+        apart: float = APART,
+        turn: Tensor | None = None,
+    ) -> None:
+        self.levels, self.extent, self.shift_sd, self.beam, self.peaks = levels, extent_px, shift_sd, beam, peaks
+        self.apart_deg = apart * rotation_grid.step_deg(levels[-1].rotations)
+        self.half, self.grid = HalfPlane.of(len(volume), volume.device), fourier_grid(volume)
+        self.cells = rotation_grid.covering(levels[0].rotations, symmetry.to(volume.device))
+        self.shifts = shift_grid.disc(levels[0].shifts, volume.device)
+        self.turn = torch.eye(3, device=volume.device) if turn is None else turn.to(volume.device)
+        self._tables: dict[tuple[Level, float], Tensor] = {}
+
+    def __call__(self, batch: Batch, sigma: Tensor) -> Found:
+        """The peaks of images of the map's box; sigma (noise groups, b / 2 + 1)."""
+        held = NUMBERS if self.half.k.device.type == "cpu" else NUMBERS_GPU
+        rows = max(1, held // (len(self.cells) * len(self.shifts)))
+        parts = torch.arange(len(batch), device=batch.image.device).split(rows)
+        return Found.of([self._of(batch[part], sigma) for part in parts])
+
+    def _of(self, batch: Batch, sigma: Tensor) -> Found:
+        first, *finer = self.levels
+        cells = self._compared(batch, sigma, first, self.cells, self.shifts)
+        evidence = cells.mass.logsumexp(1) - math.log(cells.mass.shape[1])
+        kept = torch.ones_like(evidence)
+        for level in finer:
+            rotation, share = _beam(cells.rotation, cells.mass, self.beam)
+            kept = kept * share
+            shift, share = _beam(cells.shift, cells.of_shift, self.beam // 2)
+            kept = kept * share
+            for _ in range(level.rotations - cells.level.rotations):
+                rotation = rotation_grid.children(rotation).flatten(1)
+            for _ in range(level.shifts - cells.level.shifts):
+                shift = shift_grid.children(shift).flatten(1)
+            cells = self._compared(batch, sigma, level, rotation, shift)
+        rotation, translation, mass = self._peaks(cells)
+        return Found(rotation, translation, mass, 1 - kept, evidence)
+
+    def _compared(self, batch: Batch, sigma: Tensor, level: Level, rotation: Tensor, shift: Tensor) -> _Cells:
+        low = batch.band(self.half.count(level.kmax))
+        sd = noise_sd(low, sigma)
+        score = torch.view_as_complex(low.image) * low.ctf / sd.square()
+        displacement = shift_grid.centres(shift, level.shifts, self.extent)
+        unshifted = score[:, None] * shift_phase(low.half.k, displacement, low.half.box).conj()
+        columns = torch.view_as_real(self._slices(low, level, rotation))
+        value = torch.view_as_real(unshifted).flatten(-2) @ columns.flatten(-2).mT  # (B, T, C)
+        value -= (0.5 * (low.ctf / sd).square())[:, None] @ columns.square().sum(-1).mT
+        value -= 0.5 * (displacement.square().sum(-1) / self.shift_sd**2)[..., None]
+        most = value.amax((1, 2))[:, None]
+        share = (value - most[..., None]).clamp_min_(NOTHING).exp_()
+        return _Cells(level, rotation, shift, value, share.sum(1).log() + most, share.sum(2).log() + most)
+
+    def _slices(self, low: Batch, level: Level, rotation: Tensor) -> Tensor:
+        """Slices at cells (C,) or (B, C): (C, P) or (B, C, P) complex."""
+        scale = float(low.freq_scale[0])
+        assert bool((low.freq_scale == scale).all())
+        if rotation_grid.count(level.rotations) * len(low.half) > TABLE:
+            at = self._rotations(rotation, level)
+            return read_grid(self.grid, slice_coordinates(at, low.half.k) * scale)
+        key = (level, scale)
+        if key not in self._tables:
+            everywhere = rotation_grid.cells(level.rotations, device=rotation.device)
+            at = self._rotations(everywhere, level)
+            self._tables[key] = read_grid(self.grid, slice_coordinates(at, low.half.k) * scale)
+        return self._tables[key][rotation]
+
+    def _rotations(self, cell: Tensor, level: Level) -> Tensor:
+        return rotation_grid.centres(cell, level.rotations) @ self.turn
+
+    def _peaks(self, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotation, translation and log mass of peaks: the heaviest cell, then the heaviest that is not near, ..."""
+        level = cells.level
+        mass, place = cells.mass.topk(min(4 * self.beam, cells.mass.shape[1]), 1)
+        cell = _taken(cells.rotation, place)
+        value = cells.value.gather(2, place[:, None].expand(-1, cells.value.shape[1], -1))
+        shift = _taken(cells.shift, value.argmax(1))
+        rotation = self._rotations(cell, level)
+        image = torch.arange(len(mass), device=mass.device)
+        at, masses = [], []
+        for _ in range(self.peaks):
+            heaviest = mass.argmax(1)
+            near = angle_deg(rotation, rotation[image, heaviest][:, None]) < self.apart_deg
+            near[image, heaviest] = True
+            at.append(heaviest)
+            masses.append(mass.masked_fill(~near, -torch.inf).logsumexp(1))
+            mass = mass.masked_fill(near, -torch.inf)
+        peak = torch.stack(at, 1)
+        translation = shift_grid.centres(shift.gather(1, peak), level.shifts, self.extent)
+        return rotation[image[:, None], peak], translation, torch.stack(masses, 1)
+
+
+def _beam(cell: Tensor, mass: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The cells of most mass (B, most), and what share of it they have (B,)."""
+    kept, place = mass.topk(min(most, mass.shape[1]), 1)
+    return _taken(cell, place), (kept.logsumexp(1) - mass.logsumexp(1)).exp()
+
+
+def _taken(cell: Tensor, place: Tensor) -> Tensor:
+    """Cells, of all images (C,) or of each (B, C), at places (B, M)."""
+    return cell[place] if cell.dim() == 1 else cell.gather(1, place)

@@ -1,0 +1,150 @@
+"""Posteriors of poses: slopes, steps that climb, Gaussians that cover."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.guides.poses import Landscape, PoseModes, PosePrior, climbed, moved
+from pyro_cryo.model import form_image
+from pyro_cryo.physics.fourier import HalfPlane, radius
+from pyro_cryo.physics.rotations import angle_deg, exp, random_rotations
+from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates, slope_grid
+
+BOX, IMAGES, SIGMA = 24, 200, 0.5
+
+
+@pytest.fixture(scope="module")
+def volume() -> Tensor:
+    """Blobs without symmetry."""
+    generator = torch.Generator().manual_seed(0)
+    axis = torch.arange(BOX).float() - BOX // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    centre = 3.0 * torch.randn(12, 3, generator=generator)
+    blobs = [torch.exp(-((x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2) / (2 * 1.3**2)) for a, b, c in centre.tolist()]
+    return torch.stack(blobs).sum(0) * (radius(BOX, 3) < 11)
+
+
+@pytest.fixture(scope="module")
+def batch(volume: Tensor) -> Batch:
+    """Noisy images at known poses, two thirds of a wider field of view."""
+    generator = torch.Generator().manual_seed(1)
+    half = HalfPlane.of(BOX)
+    blank = Batch(
+        half=half,
+        index=torch.arange(IMAGES),
+        image=torch.zeros(IMAGES, len(half), 2),
+        ctf=torch.cos(0.02 * half.k.square().sum(-1) * (1 + torch.rand(IMAGES, 1, generator=generator))),
+        noise_scale=None,
+        rotation=random_rotations(IMAGES, generator),
+        translation=torch.randn(IMAGES, 2, generator=generator),
+        noise_group=torch.zeros(IMAGES, dtype=torch.long),
+        freq_scale=torch.where(torch.arange(IMAGES) % 3 == 0, 1.0, 0.9),
+        size=IMAGES,
+    )
+    points = slice_coordinates(blank.rotation, half.k, blank.freq_scale)
+    clean = form_image(torch.view_as_real(read_grid(fourier_grid(volume), points)), blank.translation, blank)
+    return replace(blank, image=clean + SIGMA * torch.randn(clean.shape, generator=generator))
+
+
+@pytest.fixture
+def sigma() -> Tensor:
+    return torch.full((1, BOX // 2 + 1), SIGMA)
+
+
+def anywhere(batch: Batch, shift_sd: float = 2.0) -> PosePrior:
+    n = len(batch)
+    return PosePrior(torch.eye(3).expand(n, 3, 3), torch.zeros(n, 2), math.inf, shift_sd)
+
+
+def single(rotation: Tensor, translation: Tensor) -> PoseModes:
+    n = len(rotation)
+    return PoseModes(rotation[:, None], translation[:, None], torch.eye(5).expand(n, 1, 5, 5), torch.zeros(n, 1))
+
+
+def test_slopes_are_the_gradient_of_the_transform(volume: Tensor) -> None:
+    points = 4 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    grid = slope_grid(volume, oversample=8)
+    slope = -2j * math.pi / BOX * read_grid(grid, points, oversample=8)[:, 1:]
+    for axis in range(3):
+        step = torch.zeros(3)
+        step[axis] = 0.05
+        after, before = (read_grid(fourier_grid(volume, 8), points + s * step, oversample=8) for s in (1, -1))
+        torch.testing.assert_close(slope[:, axis], (after - before) / 0.1, rtol=0.05, atol=0.02)
+
+
+def test_the_gradient_is_that_of_the_log_density(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    slopes, prior, px = slope_grid(volume), anywhere(batch), 1.5 * torch.ones(IMAGES)
+    away = torch.randn(IMAGES, 5, generator=torch.Generator().manual_seed(2)) * torch.tensor([0.05] * 3 + [0.3] * 2)
+    pose = moved(batch.rotation, batch.translation / 1.5, away)
+    here = Landscape.at(batch, slopes, sigma, *pose, prior, px)
+    for axis, step in enumerate([0.01] * 3 + [0.05] * 2):
+        e = torch.zeros(IMAGES, 5)
+        e[:, axis] = step
+        after, before = (Landscape.at(batch, slopes, sigma, *moved(*pose, s * e), prior, px).value for s in (1.0, -1.0))
+        slope = (after - before) / (2 * step)
+        error = (here.gradient[:, axis] - slope).norm() / slope.norm()
+        assert float(error) < 0.1, axis  # slices between nodes of the grid are not smooth
+
+
+def test_modes_climb_back(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    generator, slopes, px = torch.Generator().manual_seed(3), slope_grid(volume), torch.ones(IMAGES)
+    away = torch.randn(IMAGES, 5, generator=generator) * torch.tensor([math.radians(4)] * 3 + [0.5] * 2)
+    prior = anywhere(batch)
+    start = single(*moved(batch.rotation, batch.translation, away))
+    end, evidence = climbed(batch, slopes, sigma, start, prior, px, steps=8)
+    rotation, translation = end.best
+    sd = torch.linalg.inv(end.precision[:, 0]).diagonal(dim1=1, dim2=2).median(0).values.sqrt()
+    assert float(angle_deg(start.best[0], batch.rotation).median()) > 2 * math.degrees(float(sd[:3].norm()))
+    assert float(angle_deg(rotation, batch.rotation).median()) < 1.3 * math.degrees(float(sd[:3].norm()))
+    assert float((translation - batch.translation).norm(dim=1).median()) < 1.3 * float(sd[3:].norm())
+    _, more = climbed(batch, slopes, sigma, end, prior, px, steps=4)
+    assert bool((more >= evidence - 1e-2).all())
+
+
+def test_the_gaussian_about_a_mode_covers_the_truth(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    """(mode - truth)' precision (mode - truth) is chi-square with 5 degrees of freedom where the map is true."""
+    px, prior = torch.ones(IMAGES), anywhere(batch, shift_sd=100.0)
+    end, _ = climbed(batch, slope_grid(volume), sigma, single(batch.rotation, batch.translation), prior, px, steps=8)
+    away = PosePrior(batch.rotation, batch.translation, 1.0, 1.0).away(*end.best)
+    square = torch.einsum("ni,nij,nj->n", away, end.precision[:, 0], away)
+    assert abs(float(square.mean()) - 5) < 4 * (10 / IMAGES) ** 0.5
+    inside = (square < 9.236).float().mean()  # where 90% of chi-square are
+    assert abs(float(inside) - 0.9) < 4 * (0.09 / IMAGES) ** 0.5
+
+
+def test_modes_weigh_by_their_mass(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    """A mode elsewhere loses its weight; one that is not there keeps none."""
+    turned = torch.stack([batch.rotation, exp(torch.tensor([0.0, 1.5, 0.0])) @ batch.rotation, batch.rotation], 1)
+    weight = torch.tensor([0.5, 0.5, 0.0]).log().expand(IMAGES, 3)
+    modes = PoseModes(
+        turned, batch.translation[:, None].expand(-1, 3, -1), torch.eye(5).expand(IMAGES, 3, 5, 5), weight
+    )
+    end, _ = climbed(batch, slope_grid(volume), sigma, modes, anywhere(batch), torch.ones(IMAGES), steps=3)
+    share = end.log_weight.exp()
+    torch.testing.assert_close(share.sum(1), torch.ones(IMAGES))
+    assert float(share[:, 0].mean()) > 0.99
+    assert bool((share[:, 2] == 0).all())
+
+
+def test_draws_have_the_covariance_of_the_mode() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(5, 5, generator=generator)
+    precision = 400 * (factor @ factor.T + torch.eye(5))
+    n = 20_000
+    rotation = random_rotations(1, generator).expand(n, 3, 3)
+    modes = replace(single(rotation, torch.zeros(n, 2)), precision=precision.expand(n, 1, 5, 5))
+    away = PosePrior(rotation, torch.zeros(n, 2), 1.0, 1.0).away(*modes.drawn(generator))
+    torch.testing.assert_close(away.T.cov() @ precision, torch.eye(5), atol=0.06, rtol=0)
+
+
+def test_a_narrow_prior_holds_poses(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    prior = PosePrior(batch.rotation, batch.translation, 1e-4, 1e-3)
+    start = single(*moved(batch.rotation, batch.translation, 0.02 * torch.ones(IMAGES, 5)))
+    end, _ = climbed(batch, slope_grid(volume), sigma, start, prior, torch.ones(IMAGES), steps=8)
+    assert float(angle_deg(end.best[0], batch.rotation).max()) < 0.1

@@ -1,0 +1,108 @@
+"""The search for poses on grids: its sums are likelihoods, its beam keeps what a whole grid finds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.inference.search import Level, Search
+from pyro_cryo.model import form_image
+from pyro_cryo.physics import rotation_grid, shift_grid
+from pyro_cryo.physics.fourier import HalfPlane, radius
+from pyro_cryo.physics.rotations import angle_deg, point_group, random_rotations
+from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+
+BOX, IMAGES, SIGMA, SHIFT_SD = 20, 60, 1.0, 1.0
+EVERY = torch.eye(3)[None]
+
+
+@pytest.fixture(scope="module")
+def volume() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    axis = torch.arange(BOX).float() - BOX // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    centre = 3.0 * torch.randn(12, 3, generator=generator)
+    blobs = [torch.exp(-((x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2) / (2 * 1.3**2)) for a, b, c in centre.tolist()]
+    return torch.stack(blobs).sum(0) * (radius(BOX, 3) < 9)
+
+
+@pytest.fixture(scope="module")
+def batch(volume: Tensor) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    half = HalfPlane.of(BOX)
+    blank = Batch(
+        half=half,
+        index=torch.arange(IMAGES),
+        image=torch.zeros(IMAGES, len(half), 2),
+        ctf=torch.cos(0.02 * half.k.square().sum(-1) * (1 + torch.rand(IMAGES, 1, generator=generator))),
+        noise_scale=None,
+        rotation=random_rotations(IMAGES, generator),
+        translation=SHIFT_SD * torch.randn(IMAGES, 2, generator=generator),
+        noise_group=torch.zeros(IMAGES, dtype=torch.long),
+        freq_scale=torch.ones(IMAGES),
+        size=IMAGES,
+    )
+    points = slice_coordinates(blank.rotation, half.k)
+    clean = form_image(torch.view_as_real(read_grid(fourier_grid(volume), points)), blank.translation, blank)
+    return replace(blank, image=clean + SIGMA * torch.randn(clean.shape, generator=generator))
+
+
+@pytest.fixture
+def sigma() -> Tensor:
+    return torch.full((1, BOX // 2 + 1), SIGMA)
+
+
+def test_one_level_is_the_posterior_over_its_grid(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    level, few = Level(0, 2, 5.0), batch[torch.arange(3)]
+    search = Search(volume, (level,), 3.0, SHIFT_SD, EVERY, peaks=72, apart=0.0)
+    found = search(few, sigma)
+    low = few.band(HalfPlane.of(BOX).count(level.kmax))
+    shifts = shift_grid.centres(shift_grid.disc(2), 2, 3.0)
+    log_joint = torch.empty(3, 72, len(shifts))
+    for c, rotation in enumerate(rotation_grid.centres(rotation_grid.cells(0), 0)):
+        slices = torch.view_as_real(read_grid(fourier_grid(volume), low.half.k @ rotation[:2])).expand(3, -1, -1)
+        for t, shift in enumerate(shifts):
+            image = form_image(slices, shift.expand(3, 2), low)
+            gain = (low.image * image).sum((1, 2)) - 0.5 * image.square().sum((1, 2))
+            log_joint[:, c, t] = gain / SIGMA**2 - 0.5 * shift.square().sum() / SHIFT_SD**2
+    mass = log_joint.logsumexp(2).sort(1, descending=True).values
+    kept = mass > mass[:, :1] - 20
+    torch.testing.assert_close(found.log_mass[kept], mass[kept], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.evidence, mass.logsumexp(1) - torch.tensor(72.0).log(), atol=1e-3, rtol=1e-4)
+    assert bool((found.left_out == 0).all())
+
+
+def test_a_beam_finds_what_the_whole_grid_finds(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    whole = Search(volume, (Level(2, 3, 7.0),), 3.0, SHIFT_SD, EVERY)(batch, sigma)
+    beam = Search(volume, (Level(1, 2, 4.5), Level(2, 3, 7.0)), 3.0, SHIFT_SD, EVERY, beam=24)(batch, sigma)
+    same = angle_deg(whole.rotation[:, 0], beam.rotation[:, 0]) < 1
+    assert float(same.float().mean()) > 0.9
+    # what was left out is what the whole grid has more of, where the beam is as wide as its posterior
+    assert float(beam.left_out.mean()) < 0.1
+    assert bool((beam.log_mass[:, 0] <= whole.log_mass[:, 0] + 1e-2).all())
+
+
+def test_peaks_are_apart_and_near_the_truth(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    found = Search(volume, (Level(1, 2, 4.5), Level(2, 3, 7.0)), 3.0, SHIFT_SD, EVERY, peaks=3)(batch, sigma)
+    assert float(angle_deg(found.rotation[:, 0], batch.rotation).median()) < rotation_grid.step_deg(2)
+    assert float((found.translation[:, 0] - batch.translation).norm(dim=1).median()) < shift_grid.step_px(3, 3.0)
+    apart = angle_deg(found.rotation[:, :1], found.rotation[:, 1:])[found.log_mass[:, 1:].isfinite()]
+    assert float(apart.min()) > rotation_grid.step_deg(2)
+    assert bool((found.log_mass.diff(dim=1) <= 0).float().mean() > 0.9)
+
+
+def test_a_turned_grid_is_as_good(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    turn = random_rotations(1, torch.Generator().manual_seed(5))[0]
+    levels = (Level(1, 2, 4.5), Level(2, 3, 7.0))
+    found = Search(volume, levels, 3.0, SHIFT_SD, EVERY, turn=turn)(batch, sigma)
+    assert float(angle_deg(found.rotation[:, 0], batch.rotation).median()) < rotation_grid.step_deg(2)
+
+
+def test_a_symmetric_map_is_searched_in_its_asymmetric_unit(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    group = point_group("C4")
+    cells = Search(volume, (Level(1, 2, 4.5),), 3.0, SHIFT_SD, group).cells
+    assert len(cells) == rotation_grid.count(1) // 4
