@@ -145,6 +145,32 @@ def point_group(name: str) -> Tensor:
     return torch.from_numpy(polyhedral[order]).float()
 
 
+def align_poses(rotation: Tensor, reference: Tensor, tries: int = 200) -> tuple[Tensor, bool]:
+    """Rotations (N, 3, 3) in the frame, and with the hand, of reference poses (N, 3, 3); whether the hand was flipped.
+
+    Poses that were found without a map are right up to one rotation Q of it, R @ Q, and up to its mirror image, which
+    the views M R M show, M = diag(1, 1, -1). Q is what brings most poses to within 20 degrees.
+    """
+    mirror = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=rotation.dtype, device=rotation.device))
+    best, flipped, q, hand = math.inf, False, mirror, rotation
+    for flip in (False, True):
+        own = mirror @ rotation @ mirror if flip else rotation
+        step, judged = -(-len(own) // tries), -(-len(own) // 1000)
+        for candidate in own[::step].mT @ reference[::step]:
+            cost = float(angle_deg(own[::judged] @ candidate, reference[::judged]).clamp_max(20).mean())
+            if cost < best:
+                best, flipped, q, hand = cost, flip, candidate, own
+    for _ in range(3):
+        close = angle_deg(hand @ q, reference) < 20
+        if not bool(close.any()):
+            break
+        u, _, vh = torch.linalg.svd((hand[close].mT @ reference[close]).sum(0))
+        sign = torch.ones_like(u[0])
+        sign[2] = torch.linalg.det(u @ vh).sign()
+        q = u @ torch.diag(sign) @ vh
+    return hand @ q, flipped
+
+
 def orthogonality_error(rotation: Tensor) -> float:
     """Largest |R R^T - 1| of (N, 3, 3), or infinity where a determinant is not positive."""
     error = (rotation @ rotation.mT - torch.eye(3, dtype=rotation.dtype)).abs().max()

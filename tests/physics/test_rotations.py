@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.physics.rotations import (
+    align_poses,
     angle_deg,
     exp,
     from_euler_deg,
@@ -167,3 +168,19 @@ def test_what_is_not_a_rotation_is_found() -> None:
     assert orthogonality_error(1.01 * good) == pytest.approx(0.0201, rel=1e-2)
     assert orthogonality_error(torch.cat([good, -good[:1]])) == math.inf
     assert orthogonality_error(torch.full((1, 3, 3), math.nan)) == math.inf
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_poses_of_another_frame_and_hand_are_aligned(flip: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = random_rotations(300, generator)
+    turn = random_rotations(1, generator)[0]
+    noise = exp(math.radians(1) * torch.randn(300, 3, generator=generator))
+    found = noise @ reference @ turn
+    found[:60] = random_rotations(60, generator)
+    if flip:
+        mirror = torch.diag(torch.tensor([1.0, 1.0, -1.0]))
+        found = mirror @ found @ mirror
+    aligned, flipped = align_poses(found, reference)
+    assert flipped is flip
+    assert float(angle_deg(aligned, reference)[60:].median()) < 1.8

@@ -1,0 +1,172 @@
+"""Poses and a map by turns: expectation maximisation with a posterior of every image's pose.
+
+A pass takes one draw of each image's pose from its posterior, so that the map is as blurred as the poses are unsure,
+and the noise is what drawn poses leave of the images; the map is then solved for as with known poses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.coefficients import images_at_once
+from pyro_cryo.guides.poses import PoseModes, PosePrior, climbed
+from pyro_cryo.inference.reconstruct import add_shells, noise_floor
+from pyro_cryo.inference.search import APART, Found, Level, Search
+from pyro_cryo.model import form_image
+from pyro_cryo.physics.fourier import HalfPlane, resize, soft_disc
+from pyro_cryo.physics.rotations import random_rotations
+from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates, slope_grid
+from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
+
+BATCH = 256
+EXTENT = 3.5  # standard deviations of the shifts, that are searched
+EDGE = 0.15  # of half the box: the soft edge of the ball
+FLOOR = 0.02  # of the prior's sd outside it
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A map (b, b, b), and the posterior variance of its slices' coefficients by shell, (b / 2 + 1,)."""
+
+    volume: Tensor
+    variance: Tensor
+
+    @property
+    def box(self) -> int:
+        """b"""
+        return len(self.volume)
+
+    def on(self, box: int) -> Solved:
+        """The same map on another box of the same field of view."""
+        variance = torch.nn.functional.pad(self.variance, (0, max(box // 2 + 1 - len(self.variance), 0)))
+        return Solved(resize(self.volume, box), variance[: box // 2 + 1] * (box / self.box) ** 2)
+
+
+class PoseEM:
+    """Passes over images, on boxes of any size up to the particles' own.
+
+    particles: N images of box D, the poses of whose table are not read
+    prior:     of their poses, translations in pixels of D
+    symmetry:  (G, 3, 3) point group of the map
+    sigma:     (noise groups, D / 2 + 1) noise sd to begin with; its device is where maps are
+    generator: of the draws of poses
+    support:   radius of the ball that holds the molecule, of half the box
+    """
+
+    def __init__(
+        self,
+        particles: Particles,
+        prior: PosePrior,
+        symmetry: Tensor,
+        sigma: Tensor,
+        generator: torch.Generator,
+        progress: Progress = quiet,
+        support: float = 0.85,
+    ) -> None:
+        self.particles, self.prior, self.symmetry, self.sigma = particles, prior, symmetry, sigma.clone()
+        self.generator, self.progress, self.support = generator, progress, support
+        self.device = sigma.device
+
+    def search(self, rows: Tensor, known: Solved, levels: tuple[Level, ...], peaks: int, apart: float = APART) -> Found:
+        """Peaks of the poses of some images (n,) in a map, on the CPU; translations in pixels of D."""
+        sd = self.prior.shift_sd * known.box / self.particles.box
+        turn = random_rotations(1, self.generator)[0] if len(self.symmetry) == 1 else None
+        search = Search(known.volume, levels, EXTENT * sd, sd, self.symmetry, peaks=peaks, apart=apart, turn=turn)
+        parts = []
+        for batch in self._batches(rows, known.box, BATCH, "search"):
+            found = search(batch, self.noise(known.box))
+            parts.append(replace(found, translation=found.translation / self._px(batch)[:, None, None]).to("cpu"))
+        return Found.of(parts)
+
+    def add(self, rows: Tensor, found: Found, known: Solved) -> Solved:
+        """The next map, of the same box, from some images (n,) at all their peaks by weight; noise is learned."""
+        sums = self._sums(known)
+        for batch in self._batches(rows, known.box, BATCH):
+            mine = found[batch.index.cpu()].to(self.device)
+            weight = mine.log_mass.softmax(1)
+            for peak in range(weight.shape[1]):
+                sums.add(self._posed(batch, mine.rotation[:, peak], mine.translation[:, peak]), weight[:, peak])
+        return self._solved(sums)
+
+    def climb(self, rows: Tensor, modes: PoseModes, known: Solved, kmax: float, steps: int) -> tuple[Solved, float]:
+        """A pass over some images (n,): modes climb in a map, in place, compared up to kmax cycles a box; the next map.
+
+        Beside it the mean log evidence of an image, less that of an empty one.
+        """
+        slopes, sums, evidence = slope_grid(known.volume), self._sums(known), 0.0
+        count = HalfPlane.of(known.box).count(kmax)
+        size = max(1, images_at_once(count, self.device) // modes.log_weight.shape[1])
+        sigma = self.noise(known.box)
+        for batch in self._batches(rows, known.box, size, f"poses at {known.box} px"):
+            index, low = batch.index.cpu(), batch.band(count)
+            prior, mine = self.prior[rows[index]].to(self.device), modes[index].to(self.device)
+            mine, gain = climbed(low, slopes, sigma, mine, prior, self._px(batch), steps)
+            modes[index] = mine
+            evidence += float(gain.sum())
+            sums.add(self._posed(batch, *mine.drawn(self.generator)))
+        return self._solved(sums), evidence / len(rows)
+
+    def noise(self, box: int) -> Tensor:
+        """sigma of images cropped to a box."""
+        return self.sigma[:, : box // 2 + 1] * (box / self.particles.box)
+
+    def _batches(self, rows: Tensor, box: int, size: int, title: str | None = None) -> Iterator[Batch]:
+        images = replace(self.particles[rows], box=box)
+        batches = images.batches(size, device=self.device)
+        return batches if title is None else iter(self.progress(batches, -(-len(images) // size), title))
+
+    def _px(self, batch: Batch) -> Tensor:
+        """(B,) pixels of a batch's own box and field of view in one of D."""
+        return batch.freq_scale * (batch.half.box / self.particles.box)
+
+    def _posed(self, batch: Batch, rotation: Tensor, translation: Tensor) -> Batch:
+        return replace(batch, rotation=rotation, translation=translation * self._px(batch)[:, None])
+
+    def _sums(self, known: Solved) -> _Sums:
+        sigma = self.noise(known.box)
+        empty = NormalEquations.empty(known.box, self.device)
+        grid = fourier_grid(known.volume)
+        return _Sums(known, grid, sigma, self.symmetry, empty, torch.zeros_like(sigma), torch.zeros_like(sigma))
+
+    def _solved(self, sums: _Sums) -> Solved:
+        """The posterior mean of the map, within the ball; sigma is what the images' poses left."""
+        box = sums.known.box
+        ball = soft_disc(box, self.support * box / 2, EDGE * box / 2, dims=3, device=self.device).clamp_min(FLOOR)
+        posterior = sums.equations.posterior(ball, order=len(self.symmetry))
+        posterior = posterior.with_tau(mackay_tau(posterior, posterior.mean(3e-2)))
+        variance = box * posterior.determined() / posterior.seen.clamp_min(1e-30) / len(self.symmetry)
+        last = box // 2 + (1 if box == self.particles.box else 0)  # the shell of the corner is half empty
+        self.sigma[:, 1:last] = sums.noise()[:, 1:last] * (self.particles.box / box)
+        return Solved(posterior.to_map(posterior.mean(1e-2)), variance)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a pass adds up: normal equations, and squares of what a map leaves of the images, by shell."""
+
+    known: Solved
+    grid: Tensor
+    sigma: Tensor
+    symmetry: Tensor
+    equations: NormalEquations
+    square: Tensor
+    count: Tensor
+
+    def add(self, batch: Batch, weight: Tensor | None = None) -> None:
+        """Images at the poses of their batch, weight (B,)."""
+        self.equations.add(batch, self.sigma, self.symmetry, weight)
+        slices = read_grid(self.grid, slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale))
+        left = batch.image - form_image(torch.view_as_real(slices), batch.translation, batch)
+        square = left.square().sum(-1) + batch.ctf.square() * self.known.variance[batch.half.shell]
+        add_shells(self.square, self.count, square, batch, weight)
+
+    def noise(self) -> Tensor:
+        """The noise sd: (noise groups, shells)."""
+        return noise_floor((0.5 * self.square / self.count.clamp_min(1e-6)).sqrt())
