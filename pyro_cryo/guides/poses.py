@@ -40,7 +40,7 @@ class PoseModes:
     precision: Tensor
     log_weight: Tensor
 
-    def __getitem__(self, rows: Tensor) -> PoseModes:
+    def __getitem__(self, rows: Tensor | tuple[Tensor, ...]) -> PoseModes:
         """Those of some images."""
         return PoseModes(*(getattr(self, f.name)[rows] for f in fields(self)))
 
@@ -204,6 +204,23 @@ def climbed(
     mass[image, mode] = here.value - 0.5 * torch.linalg.slogdet(here.information)[1]
     spread = (prior.turn_sd if math.isfinite(prior.turn_sd) else (2 * math.pi) ** -0.5) ** 3 * prior.shift_sd**2
     return replace(result, log_weight=mass.log_softmax(1)), mass.logsumexp(1) - math.log(spread)
+
+
+def merged(modes: PoseModes) -> PoseModes:
+    """Modes that climbed to one peak as one: those within a standard deviation of a heavier one are left out.
+
+    Their weight is not that one's, which counts the whole peak already.
+    """
+    order = modes.log_weight.argsort(1, descending=True)
+    sorted_ = modes[torch.arange(len(order), device=order.device)[:, None], order]
+    weight = sorted_.log_weight.clone()
+    for j in range(1, weight.shape[1]):
+        turn = log(sorted_.rotation[:, j : j + 1] @ sorted_.rotation[:, :j].mT)
+        away = torch.cat([turn, sorted_.translation[:, j : j + 1] - sorted_.translation[:, :j]], -1)
+        distance = torch.einsum("nki,nkij,nkj->nk", away, sorted_.precision[:, :j], away)
+        same = (distance < 1) & weight[:, :j].isfinite()
+        weight[:, j] = weight[:, j].masked_fill(same.any(1), -torch.inf)
+    return replace(sorted_, log_weight=weight.log_softmax(1))
 
 
 def moved(rotation: Tensor, translation: Tensor, away: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.guides.poses import Landscape, PoseModes, PosePrior, climbed, moved
+from pyro_cryo.guides.poses import Landscape, PoseModes, PosePrior, climbed, merged, moved
 from pyro_cryo.model import form_image
 from pyro_cryo.physics.fourier import HalfPlane, radius
 from pyro_cryo.physics.rotations import angle_deg, exp, random_rotations
@@ -148,3 +148,17 @@ def test_a_narrow_prior_holds_poses(volume: Tensor, batch: Batch, sigma: Tensor)
     start = single(*moved(batch.rotation, batch.translation, 0.02 * torch.ones(IMAGES, 5)))
     end, _ = climbed(batch, slope_grid(volume), sigma, start, prior, torch.ones(IMAGES), steps=8)
     assert float(angle_deg(end.best[0], batch.rotation).max()) < 0.1
+
+
+def test_modes_on_one_peak_are_one(batch: Batch) -> None:
+    near, far = (
+        exp(torch.tensor([0.0, 0.0, 0.01])) @ batch.rotation,
+        exp(torch.tensor([0.0, 0.5, 0.0])) @ batch.rotation,
+    )
+    rotation = torch.stack([near, far, batch.rotation], 1)
+    weight = torch.tensor([0.3, 0.2, 0.5]).log().expand(IMAGES, 3)
+    precision = torch.diag(torch.tensor([2500.0] * 3 + [25.0] * 2)).expand(IMAGES, 3, 5, 5)
+    one = merged(PoseModes(rotation, torch.zeros(IMAGES, 3, 2), precision, weight))
+    torch.testing.assert_close(one.best[0], batch.rotation)
+    share = one.log_weight.exp().sort(1, descending=True).values
+    torch.testing.assert_close(share[0], torch.tensor([5 / 7, 2 / 7, 0.0]))

@@ -1,0 +1,172 @@
+"""Poses and a map from nothing: random maps, raced at low frequency; the best one is marched to fine detail.
+
+1. from each of a few random maps, EM at low frequency: a sample of the images is searched over the whole grid of poses
+   and added up, ten views an image by their weight; the band grows from 4 to 10 cycles a box
+2. of these maps the one under which the same images are most probable, and a search of all images in it: a few peaks of
+   each
+3. passes in which these climb and the map is solved for anew, while the band grows as far as there are pixels
+
+The hand of the map is not determined by the images: its mirror image explains them as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.poses import PoseModes, PosePrior
+from pyro_cryo.inference.pose_em import PoseEM, Solved
+from pyro_cryo.inference.reconstruct import image_power
+from pyro_cryo.inference.search import Found, Level
+from pyro_cryo.physics.fourier import half_radius, soft_disc
+from pyro_cryo.physics.rotations import random_rotations
+from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.progress import Progress, quiet
+
+SAMPLE = 400  # images of a pass in which all grids are searched
+JUDGED = 500  # images that judge the race
+RACE = (4, 5, 6, 6, 6, 7, 7, 7)  # cycles a box, a pass each, from every random map
+SETTLING = (7,) * 8 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
+VIEWS = 10  # of an image, in those passes
+FINE = 10.0
+SEARCHED = (Level(2, 3, 7.0), Level(3, 4, FINE))  # cells of 15 degrees, then of 7.5
+PEAKS = 4
+ROUNDS = 6  # of search at most, each followed by a pass
+SUBSET = 2000  # images of a round
+CONVERGED = 0.5  # nats an image that a further round may still find
+MARCH = 1.2  # factor of the band from pass to pass
+STEPS = 3  # of Newton's method, a pass
+SETTLE = 2  # passes at the finest band
+OVER = 3  # shells of a box beyond the band in which poses are compared
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Posteriors of the poses of N images, on the CPU, and a map that goes with them.
+
+    modes:  translations in pixels of the particles' box D
+    volume: (D, D, D)
+    sigma:  (noise groups, D / 2 + 1) noise sd
+    evidence: mean log evidence of an image beside an empty one
+    """
+
+    modes: PoseModes
+    volume: Tensor
+    sigma: Tensor
+    evidence: float
+
+
+def ab_initio(
+    particles: Particles,
+    symmetry: Tensor,
+    *,
+    shift_sd: float | None = None,
+    starts: int = 2,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = quiet,
+) -> Posed:
+    """Poses of images and their map, without any to begin with.
+
+    symmetry: (G, 3, 3) point group of the map
+    shift_sd: of the particles about the box centre, pixels along each axis (default: box / 25)
+    starts:   random maps that are raced
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    count, box = len(particles), particles.box
+    if not particles.has_poses:
+        particles = particles.with_poses(torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2))
+    centred = PosePrior(
+        torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, box / 25 if shift_sd is None else shift_sd
+    )
+    sample = particles[torch.randperm(count, generator=generator)[:JUDGED].sort().values]
+    sigma = image_power(sample, 256, device)
+    em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
+    known = _raced(em, starts)
+    before = -math.inf
+    for _ in range(ROUNDS):
+        rows = torch.randperm(count, generator=generator)[:SUBSET].sort().values
+        known, modes, evidence = _searched(em, rows, known)
+        if evidence - before < CONVERGED:
+            break
+        before = evidence
+    everyone = torch.arange(count)
+    if len(rows) < count:
+        known, modes, _ = _searched(em, everyone, known)
+    kmax, finest = FINE, box / 2 - 1
+    passes = [FINE]
+    while kmax < finest:
+        kmax = min(MARCH * kmax, finest)
+        passes.append(kmax)
+    for kmax in passes + [finest] * SETTLE:
+        known, evidence = em.climb(everyone, modes, known.on(_box(kmax, box)), kmax, STEPS)
+    return Posed(modes, known.on(box).volume, em.sigma, evidence)
+
+
+def _searched(em: PoseEM, rows: Tensor, known: Solved) -> tuple[Solved, PoseModes, float]:
+    """Some images (n,) searched and climbed once: the next map, their modes, the mean log evidence."""
+    known = known.on(_box(FINE, em.particles.box))
+    modes = _modes(em.search(rows, known, SEARCHED, PEAKS))
+    known, evidence = em.climb(rows, modes, known, FINE, STEPS)
+    return known, modes, evidence
+
+
+def _raced(em: PoseEM, starts: int) -> Solved:
+    """Of the maps that random ones come to, the one that most images would choose."""
+    judges = torch.randperm(len(em.particles), generator=em.generator)[:JUDGED]
+    begun = em.sigma.clone()
+    raced = []
+    for _ in range(starts):
+        em.sigma = begun.clone()
+        known = _random_map(em)
+        for kmax in RACE:
+            known = _passed(em, known, kmax)
+        raced.append((known, em.sigma))
+    em.sigma = torch.stack([sigma for _, sigma in raced]).mean(0)
+    evidence = [float(em.search(judges, known, (Level(2, 3, RACE[-1]),), 1).evidence.mean()) for known, _ in raced]
+    best = max(range(starts), key=evidence.__getitem__)
+    em.progress.note(f"log evidence of the starts {', '.join(f'{e:.2f}' for e in evidence)}")
+    known, em.sigma = raced[best]
+    for kmax in SETTLING:
+        known = _passed(em, known, kmax)
+    return known
+
+
+def _passed(em: PoseEM, known: Solved, kmax: float) -> Solved:
+    """The next map, from a sample of the images, each from its best views in a whole grid."""
+    known = known.on(_box(kmax, em.particles.box))
+    rows = torch.randperm(len(em.particles), generator=em.generator)[:SAMPLE]
+    level = Level(1 if kmax < 6 else 2, 3, kmax)
+    return em.add(rows, em.search(rows, known, (level,), VIEWS, apart=0.0), known)
+
+
+def _random_map(em: PoseEM) -> Solved:
+    """Noise up to a third of the first band, in a ball, as strong as half the images' signal."""
+    box = _box(RACE[0], em.particles.box)
+    noise = torch.randn(box, box, box, generator=em.generator).to(em.device)
+    smooth = torch.exp(-0.5 * (half_radius(box, em.device) / (RACE[0] / 1.5)).square())
+    volume = torch.fft.irfftn(torch.fft.rfftn(noise) * smooth, s=noise.shape)
+    volume = volume * soft_disc(box, 0.6 * box / 2, 0.15 * box / 2, dims=3, device=em.device)
+    batch = replace(em.particles, box=box).batch(torch.arange(min(JUDGED, len(em.particles))), em.device)
+    grid = fourier_grid(volume)
+    slices = read_grid(grid, slice_coordinates(random_rotations(len(batch), em.generator).to(em.device), batch.half.k))
+    expected = (batch.ctf.square() * slices.abs().square()).mean()
+    volume = volume * (0.25 * batch.image.square().sum(-1).mean() / expected).sqrt()
+    return Solved(volume, torch.zeros(box // 2 + 1, device=em.device))
+
+
+def _box(kmax: float, most: int) -> int:
+    """Of the maps whose poses are compared up to kmax."""
+    return min(2 * (math.floor(kmax) + OVER), most)
+
+
+def _modes(found: Found) -> PoseModes:
+    """What was found, as where modes begin to climb: all alike."""
+    there = found.log_mass.isfinite()
+    weight = torch.zeros_like(found.log_mass).masked_fill(~there, -torch.inf).log_softmax(1)
+    precision = torch.eye(5).expand(*found.log_mass.shape, 5, 5).clone()
+    return PoseModes(found.rotation, found.translation, precision, weight)
