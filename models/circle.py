@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
@@ -41,13 +42,8 @@ class CircleEncoder(FrameEncoder):
         loc, sd = self.moments(batch)
         return loc / sd.mean(-1, keepdim=True)
 
-    def forward(self, batch: Batch) -> None:
-        """Sample `z`."""
-        with (
-            pyro.plate("particles", batch.size, subsample=batch.index, dim=-1),
-            pyro.poutine.scale(scale=self.model.beta),
-        ):
-            pyro.sample("z", dist.ProjectedNormal(self.concentration(batch)))
+    def distribution(self, batch: Batch) -> TorchDistributionMixin:
+        return dist.ProjectedNormal(self.concentration(batch))
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean direction on the circle (B, 2) and covariance (B, 2, 2) about it, from draws."""

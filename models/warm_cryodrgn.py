@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
@@ -97,14 +97,9 @@ class CorrectedPosterior(FrameEncoder):
         mean, root = self.corrected(batch)
         return mean, root @ root.mT
 
-    def forward(self, batch: Batch) -> None:
-        """Sample `z`."""
+    def distribution(self, batch: Batch) -> TorchDistributionMixin:
         mean, root = self.corrected(batch)
-        with (
-            pyro.plate("particles", batch.size, subsample=batch.index, dim=-1),
-            pyro.poutine.scale(scale=self.model.beta),
-        ):
-            pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=root))
+        return dist.MultivariateNormal(mean, scale_tril=root)
 
 
 def _silence(last: nn.Module) -> None:

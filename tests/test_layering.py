@@ -13,6 +13,7 @@ LAYERS = {
     "pyro_cryo": 0,
     "pyro_cryo.progress": 0,
     "pyro_cryo.recipes": 0,
+    "pyro_cryo.rows": 0,
     "pyro_cryo.physics": 1,
     "pyro_cryo.distributions": 2,
     "pyro_cryo.data": 2,

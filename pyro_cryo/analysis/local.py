@@ -30,10 +30,9 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions.volume import filter_shells
 from pyro_cryo.guides.coefficients import Projected
 from pyro_cryo.inference.family import FLOOR, motion_envelope
-from pyro_cryo.inference.reconstruct import Halves, half_sets
+from pyro_cryo.inference.reconstruct import Halves, half_sets, left_of
 from pyro_cryo.inference.run import Latent, Run
-from pyro_cryo.model import form_image
-from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.physics.slices import fourier_grid
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
 from pyro_cryo.volumes.mask import density_envelope, find_mask
@@ -233,9 +232,7 @@ class _Local:
 
 def residual(batch: Batch, grid: Tensor) -> Batch:
     """Images with those of a map, on its Fourier grid, subtracted."""
-    points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
-    expected = form_image(torch.view_as_real(read_grid(grid, points)), batch.translation, batch)
-    return replace(batch, image=batch.image - expected)
+    return replace(batch, image=left_of(batch, grid))
 
 
 def correction(equations: NormalEquations, scale: Tensor, order: int = 1) -> Tensor:

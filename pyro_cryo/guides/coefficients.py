@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.physics.fourier import shift_phase
 from pyro_cryo.physics.slices import GridPoints, slice_coordinates
+from pyro_cryo.rows import Rows
 from pyro_cryo.volumes.conjugate import noise_sd
 from pyro_cryo.volumes.sized import Sized
 
@@ -86,18 +87,12 @@ class Projected:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Seen(Rows):
     """gram (B, C, C), projection (B, C), empty (B,): log p(x | y) = empty + projection . y - y . gram y / 2."""
 
     gram: Tensor
     projection: Tensor
     empty: Tensor
-
-    @staticmethod
-    def of(parts: Iterable[Seen]) -> Seen:
-        """The images of several batches, one after the other."""
-        each = list(parts)
-        return Seen(*(torch.cat([getattr(part, f.name) for part in each]) for f in fields(Seen)))
 
     def first(self, rank: int) -> Seen:
         """Of the first map and `rank` others alone."""

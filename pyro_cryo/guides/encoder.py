@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
@@ -64,11 +65,16 @@ class Encoder(nn.Module, ABC):
         loc, sd = self.moments(batch)
         return loc, torch.diag_embed(sd.square())
 
+    def distribution(self, batch: Batch) -> TorchDistributionMixin:
+        """q(z | image), of batch shape (B,)."""
+        loc, sd = self.moments(batch)
+        return dist.Normal(loc, sd).to_event(1)
+
     def forward(self, batch: Batch) -> None:
         """Sample `z`."""
-        loc, sd = self.moments(batch)
+        q = self.distribution(batch)
         with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1), poutine.scale(scale=self.model.beta):
-            pyro.sample("z", dist.Normal(loc, sd).to_event(1))
+            pyro.sample("z", q)
 
 
 class FrameEncoder(Encoder):

@@ -9,7 +9,7 @@ precision of the Gaussian about it (Laplace's approximation).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.physics.fourier import shift_phase
 from pyro_cryo.physics.rotations import exp, log
 from pyro_cryo.physics.slices import GridPoints, slice_coordinates
+from pyro_cryo.rows import Rows
 from pyro_cryo.volumes.conjugate import noise_sd
 
 LARGEST_TURN = 0.35  # radians, and pixels below: about what a step may be
@@ -26,7 +27,7 @@ LEAST_SHARE = 1e-3  # of a mixture, below which a mode is not climbed any more
 
 
 @dataclass(frozen=True)
-class PoseModes:
+class PoseModes(Rows):
     """Posteriors of the poses of n images, each a mixture of K Gaussians in (v, t).
 
     rotation:    (n, K, 3, 3) modes, volume axes to view axes
@@ -40,17 +41,9 @@ class PoseModes:
     precision: Tensor
     log_weight: Tensor
 
-    def __getitem__(self, rows: Tensor | tuple[Tensor, ...]) -> PoseModes:
-        """Those of some images."""
-        return PoseModes(*(getattr(self, f.name)[rows] for f in fields(self)))
-
     def __setitem__(self, rows: Tensor, other: PoseModes) -> None:
-        for f in fields(self):
-            getattr(self, f.name)[rows] = getattr(other, f.name).to(self.rotation.device)
-
-    def to(self, device: torch.device | str) -> PoseModes:
-        """The same on another device."""
-        return PoseModes(*(getattr(self, f.name).to(device) for f in fields(self)))
+        for mine, new in zip(self.tensors, other.tensors, strict=True):
+            mine[rows] = new.to(mine.device)
 
     @property
     def best(self) -> tuple[Tensor, Tensor]:
@@ -104,7 +97,7 @@ class PosePrior:
 
 
 @dataclass(frozen=True)
-class Landscape:
+class Landscape(Rows):
     """log p(image, pose) at a pose of each image, up to a constant of the image, with gradient and information.
 
     value (B,), gradient (B, 5), information (B, 5, 5) in (v, t), t in pixels of the poses
@@ -159,12 +152,7 @@ class Landscape:
     def where(self, better: Tensor, other: Landscape) -> Landscape:
         """Its own values where `better` (B,), else the other's."""
         pick = [better, better[:, None], better[:, None, None]]
-        return Landscape(
-            *(
-                torch.where(p, getattr(self, f.name), getattr(other, f.name))
-                for p, f in zip(pick, fields(self), strict=True)
-            )
-        )
+        return Landscape(*map(torch.where, pick, self.tensors, other.tensors))
 
 
 def climbed(
@@ -197,7 +185,7 @@ def climbed(
         rotation = torch.where(better[:, None, None], there[0], rotation)
         translation = torch.where(better[:, None], there[1], translation)
         damping = torch.where(better, 0.3 * damping, 10 * damping)
-    result = PoseModes(*(getattr(modes, f.name).clone() for f in fields(modes)))
+    result = PoseModes(*(value.clone() for value in modes.tensors))
     result.rotation[image, mode], result.translation[image, mode] = rotation, translation
     result.precision[image, mode] = here.information
     mass = torch.full_like(modes.log_weight, -torch.inf)

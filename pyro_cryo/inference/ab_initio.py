@@ -1,9 +1,9 @@
 """Poses and a map from nothing: random maps, raced at low frequency; the best one is marched to fine detail.
 
 1. from each of a few random maps, EM at low frequency: a sample of the images is searched over the whole grid of poses
-   and added up, ten views an image by their weight; the band grows from 4 to 10 cycles a box
-2. of these maps the one under which the same images are most probable, and a search of all images in it: a few peaks of
-   each
+   and added up, ten views an image by their weight; the band grows from 4 to 7 cycles a box
+2. of these maps the one under which the same images are most probable goes on so, up to 10 cycles a box; in what it
+   comes to all images are searched, a few peaks of each
 3. passes in which these climb and the map is solved for anew, while the band grows as far as there are pixels
 
 The hand of the map is not determined by the images: its mirror image explains them as well.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, PosePrior
-from pyro_cryo.inference.pose_em import PoseEM, Solved
-from pyro_cryo.inference.reconstruct import image_power
+from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved
+from pyro_cryo.inference.reconstruct import image_power, sample_rows
 from pyro_cryo.inference.search import Found, Level
 from pyro_cryo.physics.fourier import half_radius, soft_disc
 from pyro_cryo.physics.rotations import random_rotations
@@ -83,10 +83,11 @@ def ab_initio(
     centred = PosePrior(
         torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, box / 25 if shift_sd is None else shift_sd
     )
-    sample = particles[torch.randperm(count, generator=generator)[:JUDGED].sort().values]
-    sigma = image_power(sample, 256, device)
+    sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
     em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
     known = _raced(em, starts)
+    for kmax in SETTLING:
+        known = _passed(em, known, kmax)
     before = -math.inf
     for _ in range(ROUNDS):
         rows = torch.randperm(count, generator=generator)[:SUBSET].sort().values
@@ -97,14 +98,17 @@ def ab_initio(
     everyone = torch.arange(count)
     if len(rows) < count:
         known, modes, _ = _searched(em, everyone, known)
-    kmax, finest = FINE, box / 2 - 1
-    passes = [FINE]
-    while kmax < finest:
-        kmax = min(MARCH * kmax, finest)
-        passes.append(kmax)
-    for kmax in passes + [finest] * SETTLE:
-        known, evidence = em.climb(everyone, modes, known.on(_box(kmax, box)), kmax, STEPS)
+    for band in _march(box / 2 - 1):
+        known, evidence = em.climb(everyone, modes, known.on(_box(band, box)), band, STEPS)
     return Posed(modes, known.on(box).volume, em.sigma, evidence)
+
+
+def _march(finest: float) -> list[float]:
+    """Bands of the passes that follow, cycles a box."""
+    bands = [FINE]
+    while bands[-1] < finest:
+        bands.append(min(MARCH * bands[-1], finest))
+    return bands + [finest] * SETTLE
 
 
 def _searched(em: PoseEM, rows: Tensor, known: Solved) -> tuple[Solved, PoseModes, float]:
@@ -127,12 +131,10 @@ def _raced(em: PoseEM, starts: int) -> Solved:
             known = _passed(em, known, kmax)
         raced.append((known, em.sigma))
     em.sigma = torch.stack([sigma for _, sigma in raced]).mean(0)
-    evidence = [float(em.search(judges, known, (Level(2, 3, RACE[-1]),), 1).evidence.mean()) for known, _ in raced]
+    evidence = [float(em.search(judges, known, _grids(RACE[-1]), 1).evidence.mean()) for known, _ in raced]
     best = max(range(starts), key=evidence.__getitem__)
     em.progress.note(f"log evidence of the starts {', '.join(f'{e:.2f}' for e in evidence)}")
     known, em.sigma = raced[best]
-    for kmax in SETTLING:
-        known = _passed(em, known, kmax)
     return known
 
 
@@ -140,17 +142,21 @@ def _passed(em: PoseEM, known: Solved, kmax: float) -> Solved:
     """The next map, from a sample of the images, each from its best views in a whole grid."""
     known = known.on(_box(kmax, em.particles.box))
     rows = torch.randperm(len(em.particles), generator=em.generator)[:SAMPLE]
-    level = Level(1 if kmax < 6 else 2, 3, kmax)
-    return em.add(rows, em.search(rows, known, (level,), VIEWS, apart=0.0), known)
+    return em.add(rows, em.search(rows, known, _grids(kmax), VIEWS, apart=0.0), known)
+
+
+def _grids(kmax: float) -> tuple[Level, ...]:
+    """One level, searched whole: cells of 30 degrees, or of 15 where the band tells them apart."""
+    return (Level(1 if kmax < 6 else 2, 3, kmax),)
 
 
 def _random_map(em: PoseEM) -> Solved:
-    """Noise up to a third of the first band, in a ball, as strong as half the images' signal."""
+    """Smooth noise in a ball, of half the amplitude of the images."""
     box = _box(RACE[0], em.particles.box)
     noise = torch.randn(box, box, box, generator=em.generator).to(em.device)
     smooth = torch.exp(-0.5 * (half_radius(box, em.device) / (RACE[0] / 1.5)).square())
     volume = torch.fft.irfftn(torch.fft.rfftn(noise) * smooth, s=noise.shape)
-    volume = volume * soft_disc(box, 0.6 * box / 2, 0.15 * box / 2, dims=3, device=em.device)
+    volume = volume * soft_disc(box, 0.6 * box / 2, EDGE * box / 2, dims=3, device=em.device)
     batch = replace(em.particles, box=box).batch(torch.arange(min(JUDGED, len(em.particles))), em.device)
     grid = fourier_grid(volume)
     slices = read_grid(grid, slice_coordinates(random_rotations(len(batch), em.generator).to(em.device), batch.half.k))

@@ -16,12 +16,11 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import images_at_once
 from pyro_cryo.guides.poses import PoseModes, PosePrior, climbed, merged
-from pyro_cryo.inference.reconstruct import add_shells, noise_floor
+from pyro_cryo.inference.reconstruct import add_shells, left_of, noise_floor
 from pyro_cryo.inference.search import APART, Found, Level, Search
-from pyro_cryo.model import form_image
 from pyro_cryo.physics.fourier import HalfPlane, resize, soft_disc
 from pyro_cryo.physics.rotations import random_rotations
-from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates, slope_grid
+from pyro_cryo.physics.slices import fourier_grid, slope_grid
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
 
@@ -100,7 +99,7 @@ class PoseEM:
 
         Beside it the mean log evidence of an image, less that of an empty one.
         """
-        slopes, sums, evidence = slope_grid(known.volume), self._sums(known), 0.0
+        slopes, sums, evidence = slope_grid(known.volume), self._sums(known), torch.zeros((), device=self.device)
         count = HalfPlane.of(known.box).count(kmax)
         size = max(1, images_at_once(count, self.device) // modes.log_weight.shape[1])
         sigma = self.noise(known.box)
@@ -110,9 +109,9 @@ class PoseEM:
             mine, gain = climbed(low, slopes, sigma, mine, prior, self._px(batch), steps)
             mine = merged(mine)
             modes[index] = mine
-            evidence += float(gain.sum())
+            evidence += gain.sum()
             sums.add(self._posed(batch, *mine.drawn(self.generator)))
-        return self._solved(sums), evidence / len(rows)
+        return self._solved(sums), float(evidence) / len(rows)
 
     def noise(self, box: int) -> Tensor:
         """sigma of images cropped to a box."""
@@ -163,9 +162,7 @@ class _Sums:
     def add(self, batch: Batch, weight: Tensor | None = None) -> None:
         """Images at the poses of their batch, weight (B,)."""
         self.equations.add(batch, self.sigma, self.symmetry, weight)
-        slices = read_grid(self.grid, slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale))
-        left = batch.image - form_image(torch.view_as_real(slices), batch.translation, batch)
-        square = left.square().sum(-1) + batch.ctf.square() * self.known.variance[batch.half.shell]
+        square = left_of(batch, self.grid).square().sum(-1) + batch.ctf.square() * self.known.variance[batch.half.shell]
         add_shells(self.square, self.count, square, batch, weight)
 
     def noise(self) -> Tensor:

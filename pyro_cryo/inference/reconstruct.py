@@ -220,12 +220,15 @@ def residual_noise(
     total = torch.zeros(sample.n_noise_groups, sample.half.shells, device=device)
     count = torch.zeros_like(total)
     for batch in sample.batches(batch_size, device=device):
-        points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
-        slices = torch.view_as_real(read_grid(grid, points))
-        residual = batch.image - form_image(slices, batch.translation, batch)
-        square = residual.square().sum(-1) + batch.ctf.square() * variance[batch.half.shell]
+        square = left_of(batch, grid).square().sum(-1) + batch.ctf.square() * variance[batch.half.shell]
         add_shells(total, count, square, batch)
     return noise_floor((0.5 * total / count.clamp_min(1)).sqrt())
+
+
+def left_of(batch: Batch, grid: Tensor) -> Tensor:
+    """What a map, given as its Fourier grid, leaves of images at the poses of their batch: (B, P, 2)."""
+    points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
+    return batch.image - form_image(torch.view_as_real(read_grid(grid, points)), batch.translation, batch)
 
 
 def sample_rows(particles: Particles, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ cells that lie together are one peak.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from pyro_cryo.physics import rotation_grid, shift_grid
 from pyro_cryo.physics.fourier import HalfPlane, shift_phase
 from pyro_cryo.physics.rotations import angle_deg
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.rows import Rows
 from pyro_cryo.volumes.conjugate import noise_sd
 
 NUMBERS = 1 << 22  # log likelihoods that are held at a time on a CPU
@@ -42,7 +43,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Rows):
     """Peaks of the posterior of B images' poses.
 
     rotation:    (B, K, 3, 3)
@@ -57,19 +58,6 @@ class Found:
     log_mass: Tensor
     left_out: Tensor
     evidence: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Found:
-        """Those of some images."""
-        return Found(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    def to(self, device: torch.device | str) -> Found:
-        """The same on another device."""
-        return Found(*(getattr(self, f.name).to(device) for f in fields(self)))
-
-    @staticmethod
-    def of(parts: list[Found]) -> Found:
-        """The images of several, one after the other."""
-        return Found(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Found)))
 
 
 @dataclass(frozen=True)
@@ -165,14 +153,15 @@ class Search:
         scale = float(low.freq_scale[0])
         assert bool((low.freq_scale == scale).all())
         if rotation_grid.count(level.rotations) * len(low.half) > TABLE:
-            at = self._rotations(rotation, level)
-            return read_grid(self.grid, slice_coordinates(at, low.half.k) * scale)
+            return self._read(low, level, scale, rotation)
         key = (level, scale)
         if key not in self._tables:
             everywhere = rotation_grid.cells(level.rotations, device=rotation.device)
-            at = self._rotations(everywhere, level)
-            self._tables[key] = read_grid(self.grid, slice_coordinates(at, low.half.k) * scale)
+            self._tables[key] = self._read(low, level, scale, everywhere)
         return self._tables[key][rotation]
+
+    def _read(self, low: Batch, level: Level, scale: float, rotation: Tensor) -> Tensor:
+        return read_grid(self.grid, slice_coordinates(self._rotations(rotation, level), low.half.k) * scale)
 
     def _rotations(self, cell: Tensor, level: Level) -> Tensor:
         return rotation_grid.centres(cell, level.rotations) @ self.turn

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
+from images import hinge_images
 
 from pyro_cryo.analysis.fsc import fsc
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
 from pyro_cryo.inference.pose_em import PoseEM, Solved
 from pyro_cryo.inference.reconstruct import image_power, reconstruct
@@ -24,10 +23,7 @@ EVERY = torch.eye(3)[None]
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
     """One state of a hinge."""
-    source = hinge(1)
-    apix = 2 * source.radius_angstrom / (0.65 * BOX)
-    source = dataclasses.replace(source, sigma_angstrom=1.3 * apix)
-    return Particles.open(simulate(source, tmp_path_factory.mktemp("one"), n_images=COUNT, box=BOX, apix=apix, snr=0.5))
+    return hinge_images(tmp_path_factory.mktemp("one"), 1, COUNT, BOX, 0.5)
 
 
 @pytest.fixture

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from images import blobs, observed
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.inference.search import Level, Search
 from pyro_cryo.model import form_image
 from pyro_cryo.physics import rotation_grid, shift_grid
-from pyro_cryo.physics.fourier import HalfPlane, radius
+from pyro_cryo.physics.fourier import HalfPlane
 from pyro_cryo.physics.rotations import angle_deg, point_group, random_rotations
-from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.physics.slices import fourier_grid, read_grid
 
 BOX, IMAGES, SIGMA, SHIFT_SD = 20, 60, 1.0, 1.0
 EVERY = torch.eye(3)[None]
@@ -22,33 +21,12 @@ EVERY = torch.eye(3)[None]
 
 @pytest.fixture(scope="module")
 def volume() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    axis = torch.arange(BOX).float() - BOX // 2
-    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    centre = 3.0 * torch.randn(12, 3, generator=generator)
-    blobs = [torch.exp(-((x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2) / (2 * 1.3**2)) for a, b, c in centre.tolist()]
-    return torch.stack(blobs).sum(0) * (radius(BOX, 3) < 9)
+    return blobs(BOX, 9)
 
 
 @pytest.fixture(scope="module")
 def batch(volume: Tensor) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    half = HalfPlane.of(BOX)
-    blank = Batch(
-        half=half,
-        index=torch.arange(IMAGES),
-        image=torch.zeros(IMAGES, len(half), 2),
-        ctf=torch.cos(0.02 * half.k.square().sum(-1) * (1 + torch.rand(IMAGES, 1, generator=generator))),
-        noise_scale=None,
-        rotation=random_rotations(IMAGES, generator),
-        translation=SHIFT_SD * torch.randn(IMAGES, 2, generator=generator),
-        noise_group=torch.zeros(IMAGES, dtype=torch.long),
-        freq_scale=torch.ones(IMAGES),
-        size=IMAGES,
-    )
-    points = slice_coordinates(blank.rotation, half.k)
-    clean = form_image(torch.view_as_real(read_grid(fourier_grid(volume), points)), blank.translation, blank)
-    return replace(blank, image=clean + SIGMA * torch.randn(clean.shape, generator=generator))
+    return observed(volume, IMAGES, SIGMA, torch.ones(IMAGES))
 
 
 @pytest.fixture

@@ -1,16 +1,14 @@
 """The recipe for a family of maps: a consensus and what moves about it, learned from images."""
 
-import dataclasses
-
 import numpy as np
 import pyro
 import pytest
 import torch
+from images import hinge_images
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.inference.reconstruct import band_limit
 from pyro_cryo.models.cryodrgn import CryoDRGN
@@ -23,11 +21,7 @@ BOX = 24
 
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
-    source = hinge(9)
-    apix = 2 * source.radius_angstrom / (0.65 * BOX)
-    source = dataclasses.replace(source, sigma_angstrom=1.3 * apix)
-    star = simulate(source, tmp_path_factory.mktemp("case"), n_images=600, box=BOX, apix=apix, snr=1.0)
-    return Particles.open(star)
+    return hinge_images(tmp_path_factory.mktemp("case"), 9, 600, BOX, 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,17 @@
 """The recipe for one map: its posterior is the story's, its options do what they say."""
 
-import dataclasses
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
+from images import hinge_images
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
 from pyro_cryo.analysis.fsc import fsc
 from pyro_cryo.data.mrc_map import write_map
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.physics.fourier import radius
 
@@ -21,11 +20,7 @@ BOX = 24
 
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
-    source = hinge(1)
-    apix = 2 * source.radius_angstrom / (0.6 * BOX)
-    source = dataclasses.replace(source, sigma_angstrom=1.3 * apix)
-    star = simulate(source, tmp_path_factory.mktemp("case"), n_images=400, box=BOX, apix=apix, snr=0.2)
-    return Particles.open(star)
+    return hinge_images(tmp_path_factory.mktemp("case"), 1, 400, BOX, 0.2, fill=0.6)
 
 
 @pytest.fixture(scope="module")

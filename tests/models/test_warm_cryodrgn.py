@@ -1,12 +1,10 @@
 """A network that begins at the solved linear subspace."""
 
-import dataclasses
-
 import pytest
 import torch
+from images import hinge_images
 
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.models.linear_subspace import LinearSubspace
@@ -17,11 +15,7 @@ BOX = 24
 
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
-    source = hinge(9)
-    apix = 2 * source.radius_angstrom / (0.65 * BOX)
-    source = dataclasses.replace(source, sigma_angstrom=1.3 * apix)
-    folder = tmp_path_factory.mktemp("case")
-    return Particles.open(simulate(source, folder, n_images=600, box=BOX, apix=apix, snr=1.0))
+    return hinge_images(tmp_path_factory.mktemp("case"), 9, 600, BOX, 1.0)
 
 
 @pytest.fixture(scope="module")

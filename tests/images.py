@@ -1,0 +1,55 @@
+"""Images that several tests look at: of blobs at known poses, and of a hinge that fills its box."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.data.simulate import hinge, simulate
+from pyro_cryo.model import form_image
+from pyro_cryo.physics.fourier import HalfPlane, radius
+from pyro_cryo.physics.rotations import random_rotations
+from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+
+
+def blobs(box: int, radius_px: float) -> Tensor:
+    """A map without symmetry (D, D, D), inside a ball."""
+    generator = torch.Generator().manual_seed(0)
+    axis = torch.arange(box).float() - box // 2
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    centre = 3.0 * torch.randn(12, 3, generator=generator)
+    each = [torch.exp(-((x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2) / (2 * 1.3**2)) for a, b, c in centre.tolist()]
+    return torch.stack(each).sum(0) * (radius(box, 3) < radius_px)
+
+
+def observed(volume: Tensor, count: int, sigma: float, freq_scale: Tensor) -> Batch:
+    """Noisy images of a map at random poses, shifted by a pixel or so; freq_scale (B,)."""
+    generator, half = torch.Generator().manual_seed(1), HalfPlane.of(len(volume))
+    blank = Batch(
+        half=half,
+        index=torch.arange(count),
+        image=torch.zeros(count, len(half), 2),
+        ctf=torch.cos(0.02 * half.k.square().sum(-1) * (1 + torch.rand(count, 1, generator=generator))),
+        noise_scale=None,
+        rotation=random_rotations(count, generator),
+        translation=torch.randn(count, 2, generator=generator),
+        noise_group=torch.zeros(count, dtype=torch.long),
+        freq_scale=freq_scale,
+        size=count,
+    )
+    points = slice_coordinates(blank.rotation, half.k, blank.freq_scale)
+    clean = form_image(torch.view_as_real(read_grid(fourier_grid(volume), points)), blank.translation, blank)
+    return dataclasses.replace(blank, image=clean + sigma * torch.randn(clean.shape, generator=generator))
+
+
+def hinge_images(folder: Path, states: int, count: int, box: int, snr: float, fill: float = 0.65) -> Particles:
+    """Images of a hinge, as long as a part `fill` of the box, no finer than its pixels show."""
+    source = hinge(states)
+    apix = 2 * source.radius_angstrom / (fill * box)
+    source = dataclasses.replace(source, sigma_angstrom=1.3 * apix)
+    return Particles.open(simulate(source, folder, n_images=count, box=box, apix=apix, snr=snr))
