@@ -40,6 +40,8 @@ def observed(volume: Tensor, count: int, sigma: float, freq_scale: Tensor) -> Ba
         translation=torch.randn(count, 2, generator=generator),
         noise_group=torch.zeros(count, dtype=torch.long),
         freq_scale=freq_scale,
+        particle=torch.arange(count),
+        particles=count,
         size=count,
     )
     points = slice_coordinates(blank.rotation, half.k, blank.freq_scale)

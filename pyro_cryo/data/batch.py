@@ -24,6 +24,8 @@ class Batch:
                  on D pixels: k counts cycles of that field
     noise_group: (B,) long, row of sigma
     freq_scale:  (B,) (D apix) of the model over (D apix) of the image: factor of the slice's coordinates
+    particle:    (B,) long, which of the batch's particles each image shows, from 0
+    particles:   how many these are: B, or fewer where a particle has several images
     size:        how many images the batch stands for: N in a fit, B elsewhere; scales the likelihood by size / B
     """
 
@@ -36,6 +38,8 @@ class Batch:
     translation: Tensor
     noise_group: Tensor
     freq_scale: Tensor
+    particle: Tensor
+    particles: int
     size: int
 
     def __len__(self) -> int:

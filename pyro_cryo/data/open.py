@@ -66,6 +66,8 @@ def opened(
     size = _model_box(table, box)
     warn_of_aberrations(table)
     _warn_of_aliasing(table, size)
+    if bool((table.particle.diff() < 0).any()):  # images of a particle stand together
+        table = table[table.particle.argsort(stable=True)]
     return table, stack, size
 
 

@@ -236,15 +236,41 @@ class Particles:
     ) -> Iterator[Batch]:
         """One pass over the images, shuffled where there is a generator; the last batch may be smaller.
 
+        All images of a particle come together: where particles have several, a batch holds about `batch_size` images.
         Files are read one batch ahead by a thread. The order depends on the generator's state alone. `start` skips that
         many batches as if they had been drawn, without reading them.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-        order = Order.of(len(self), self._image_bytes, batch_size, generator)
+        size = self._image_bytes * len(self) // max(1, self.n_particles)
+        order = Order.of(self.n_particles, size, self._particles_of(batch_size), generator)
         pin = torch.device(device).type == "cuda"
-        for rows, pixels in order.batches(lambda index: self._read(index, pin), start):
-            yield self._batch(rows, pixels, device)
+        for shown, pixels in order.batches(lambda shown: self._read(self.images_of(shown), pin), start):
+            yield self._batch(self.images_of(shown), pixels, device)
+
+    def n_batches(self, batch_size: int) -> int:
+        """How many `batches` a pass has."""
+        return -(-self.n_particles // self._particles_of(batch_size))
+
+    def _particles_of(self, batch_size: int) -> int:
+        """How many particles have about so many images, at least one."""
+        return max(1, batch_size * self.n_particles // max(1, len(self)))
+
+    def images_of(self, particle: Tensor) -> Tensor:
+        """Rows of all images of some particles (n,), particle by particle."""
+        by_particle, first = self._views
+        if len(by_particle) == len(first) - 1:
+            return by_particle[particle]
+        views = first[particle + 1] - first[particle]
+        ends = views.cumsum(0)
+        within = torch.arange(int(views.sum())) - (ends - views).repeat_interleave(views)
+        return by_particle[first[particle].repeat_interleave(views) + within]
+
+    @cached_property
+    def _views(self) -> tuple[Tensor, Tensor]:
+        """Rows sorted by particle (N,), and where each particle's begin, with N at the end."""
+        count = self.particle.bincount(minlength=self.n_particles)
+        return self.particle.argsort(stable=True), torch.cat([count.new_zeros(1), count.cumsum(0)])
 
     @property
     def _image_bytes(self) -> int:
@@ -272,12 +298,14 @@ class Particles:
     def _batch(self, rows: Tensor, pixels: Pixels, device: torch.device | str) -> Batch:
         half = HalfPlane.of(self.box, device)
         numbers = self._sent(self._numbers[rows], device)
-        whole = self._sent(torch.stack([rows, self.table.group[rows], self._premultiplied[rows].long()], -1), device)
+        shown, particle = self.particle[rows].unique(return_inverse=True)
+        integers = [rows, self.table.group[rows], particle, self._premultiplied[rows].long()]
+        whole = self._sent(torch.stack(integers, -1), device)
         freq_scale, factor, exposure = numbers[:, 20:].unbind(-1)
         ctf = self._ctf_of(numbers[:, :9], freq_scale, exposure, half)
         noise_scale = None
         if bool(self._premultiplied.any()):
-            squared = whole[:, 2:].bool()
+            squared = whole[:, 3:].bool()
             noise_scale = torch.where(squared, ctf.abs().clamp_min(LEAST_NOISE), 1.0)
             ctf = torch.where(squared, ctf.square(), ctf)
         return Batch(
@@ -290,6 +318,8 @@ class Particles:
             translation=numbers[:, 18:20],
             noise_group=whole[:, 1],
             freq_scale=freq_scale,
+            particle=whole[:, 2],
+            particles=len(shown),
             size=len(rows),
         )
 

@@ -79,7 +79,7 @@ class Table:
         return len(self.frame)
 
     def __getitem__(self, rows: Tensor) -> Table:
-        """Rows (n,) long; files and groups keep their numbers, particles are counted anew."""
+        """Rows (n,) long; files and groups keep their numbers, particles are counted anew, as they appear."""
         picked = rows.numpy()
         source = self.source
         if source is not None:
@@ -95,7 +95,7 @@ class Table:
             ctf=None if self.ctf is None else self.ctf[rows],
             exposure=None if self.exposure is None else self.exposure[rows],
             half_set=self.half_set[rows],
-            particle=torch.unique(self.particle[rows], return_inverse=True)[1],
+            particle=numbered(self.particle[rows]),
             source=source,
         )
 
@@ -146,6 +146,13 @@ class Table:
 POSE_COLUMNS = (
     "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY", "rlnOriginXAngst", "rlnOriginYAngst",
 )  # fmt: skip
+
+
+def numbered(name: Tensor) -> Tensor:
+    """Equal numbers (n,) as equal numbers 0, 1, ... in the order in which they first appear."""
+    different, number = name.unique(return_inverse=True)
+    first = torch.full((len(different),), len(name)).scatter_reduce(0, number, torch.arange(len(name)), "amin")
+    return first.argsort().argsort()[number]
 
 
 def check_rotations(rotation: Tensor, where: str) -> None:

@@ -76,7 +76,7 @@ class EM:
         self.mean: Moments | None = None
         self.gram = torch.zeros(0)
         self.batch_size = images_at_once(len(particles.half), self.device)
-        total = passes * -(-len(particles) // self.batch_size)
+        total = passes * particles.n_batches(self.batch_size)
         self._ticks = iter(progress(range(total), total, title))
         self._posterior: list[VoxelPosterior] = []
         bytes_kept = len(particles) * len(particles.half) * 12

@@ -190,7 +190,7 @@ class _Loop:
         self.run, self.settings, self.progress = run, settings, progress
         self.model, self.particles = run.model, run.particles
         self.epochs = self.model.epochs if settings.epochs is None else settings.epochs
-        self.batches = -(-len(self.particles) // settings.batch_size)
+        self.batches = self.particles.n_batches(settings.batch_size)
         self.step = 0
         self.elapsed = 0.0
         self.losses: list[Tensor] = []  # of the present pass

@@ -120,7 +120,7 @@ class PoseEM:
     def _batches(self, rows: Tensor, box: int, size: int, title: str | None = None) -> Iterator[Batch]:
         images = replace(self.particles[rows], box=box)
         batches = images.batches(size, device=self.device)
-        return batches if title is None else iter(self.progress(batches, -(-len(images) // size), title))
+        return batches if title is None else iter(self.progress(batches, images.n_batches(size), title))
 
     def _px(self, batch: Batch) -> Tensor:
         """(B,) pixels of a batch's own box and field of view in one of D."""

@@ -126,7 +126,7 @@ def add_up(
     try:
         with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             adding: list[Future[None]] = []
-            for batch in progress(batches, -(-len(particles) // batch_size), "reconstruct"):
+            for batch in progress(batches, particles.n_batches(batch_size), "reconstruct"):
                 first = half_set[batch.index.cpu()].to(device) == 1
                 parts = (batch[first], batch[~first])
                 for added in adding:

@@ -128,7 +128,7 @@ class Run:
         means, covariances = [], []
         with torch.no_grad():
             batches = particles.batches(batch_size, device=self.device)
-            for batch in progress(batches, -(-len(particles) // batch_size), "encode"):
+            for batch in progress(batches, particles.n_batches(batch_size), "encode"):
                 mean, covariance = self.guide.posterior(batch)  # type: ignore[union-attr, operator]
                 means.append(mean.cpu())
                 covariances.append(covariance.cpu())

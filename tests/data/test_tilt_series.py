@@ -126,6 +126,29 @@ def test_exposure_wears_out_high_frequencies() -> None:
     assert left[1, 0] > left[1, 1] > left[1, 2]
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_all_images_of_a_particle_come_in_one_batch(particles: Particles, shuffled: bool) -> None:
+    generator = torch.Generator().manual_seed(0) if shuffled else None
+    batches = list(particles.batches(100, generator=generator))
+    assert len(batches) == particles.n_batches(100)
+    seen = torch.cat([batch.index for batch in batches])
+    assert torch.equal(seen.sort().values, torch.arange(len(particles)))
+    assert torch.equal(seen, torch.arange(len(particles))) is not shuffled
+    named = [particles.particle[batch.index] for batch in batches]
+    assert sum(len(name.unique()) for name in named) == particles.n_particles
+    for batch, name in zip(batches, named, strict=True):
+        assert batch.particles == len(name.unique()) == len(torch.stack([batch.particle, name]).unique(dim=1).T)
+        assert int(batch.particle.max()) == batch.particles - 1
+
+
+def test_rows_in_another_order_are_the_same_particles(particles: Particles) -> None:
+    some = particles[torch.randperm(len(particles), generator=torch.Generator().manual_seed(1))[:300]]
+    assert int(some.particle[0]) == 0
+    assert torch.equal(some.particle.unique(), torch.arange(some.n_particles))
+    batch = some.batch(slice(0, 60))
+    assert torch.equal(batch.index, torch.arange(60))
+
+
 def test_a_subset_counts_particles(folder: Path) -> None:
     some = Particles.open(folder / f"{NAME}.star", subset=folder / "warptools_test_ind_last2tomos.pkl")
     assert (some.n_particles, len(some)) == (20, 10 * (35 + 37))

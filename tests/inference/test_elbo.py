@@ -29,6 +29,8 @@ def random_batch(count: int = 8) -> Batch:
         translation=torch.randn(count, 2, generator=generator),
         noise_group=torch.arange(count) % 2,
         freq_scale=torch.ones(count),
+        particle=torch.arange(count),
+        particles=count,
         size=count,
     )
 

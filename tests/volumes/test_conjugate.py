@@ -56,6 +56,8 @@ def observe(volume: Tensor, rotation: Tensor, sigma: Tensor, seed: int = 0) -> B
         translation=translation,
         noise_group=torch.zeros(count, dtype=torch.long),
         freq_scale=torch.ones(count),
+        particle=torch.arange(count),
+        particles=count,
         size=count,
     )
 
