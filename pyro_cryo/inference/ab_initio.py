@@ -40,7 +40,6 @@ SUBSET = 2000  # images of a round
 CONVERGED = 0.5  # nats an image that a further round may still find
 MARCH = 1.2  # factor of the band from pass to pass
 STEPS = 3  # of Newton's method, a pass
-SETTLE = 2  # passes at the finest band
 OVER = 3  # shells of a box beyond the band in which poses are compared
 
 
@@ -108,7 +107,7 @@ def _march(finest: float) -> list[float]:
     bands = [FINE]
     while bands[-1] < finest:
         bands.append(min(MARCH * bands[-1], finest))
-    return bands + [finest] * SETTLE
+    return bands
 
 
 def _searched(em: PoseEM, rows: Tensor, known: Solved) -> tuple[Solved, PoseModes, float]:
