@@ -41,6 +41,14 @@ class PoseModes(Rows):
     precision: Tensor
     log_weight: Tensor
 
+    @staticmethod
+    def single(rotation: Tensor, translation: Tensor) -> PoseModes:
+        """One mode for each image, at poses (n, 3, 3), (n, 2), of precision 1."""
+        n = len(rotation)
+        return PoseModes(
+            rotation[:, None].clone(), translation[:, None].clone(), torch.eye(5).repeat(n, 1, 1, 1), torch.zeros(n, 1)
+        )
+
     def __setitem__(self, rows: Tensor, other: PoseModes) -> None:
         for mine, new in zip(self.tensors, other.tensors, strict=True):
             mine[rows] = new.to(mine.device)
@@ -90,6 +98,14 @@ class PosePrior:
     def precision(self) -> Tensor:
         """(5,)"""
         return torch.tensor([self.turn_sd**-2.0] * 3 + [self.shift_sd**-2.0] * 2, device=self.rotation.device)
+
+    def learned(self, modes: PoseModes) -> PosePrior:
+        """With the spread that posteriors of the images' poses have about its centre, their own included."""
+        centre = replace(self, rotation=self.rotation[:, None], translation=self.translation[:, None])
+        away = centre.away(modes.rotation, modes.translation)
+        square = away.square() + torch.diagonal(torch.linalg.inv(modes.precision), dim1=2, dim2=3)
+        mean = (modes.log_weight.exp()[..., None] * square).sum(1).mean(0)
+        return replace(self, turn_sd=float(mean[:3].mean().sqrt()), shift_sd=float(mean[3:].mean().sqrt()))
 
     def away(self, rotation: Tensor, translation: Tensor) -> Tensor:
         """Where poses lie from its centre: (n, 5)."""

@@ -12,16 +12,19 @@ The hand of the map is not determined by the images: its mirror image explains t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, PosePrior
-from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved
+from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, sample_rows
 from pyro_cryo.inference.search import Found, Level
+from pyro_cryo.inference.stages import Posed, Reached, Stage, through
 from pyro_cryo.physics.fourier import half_radius, soft_disc
 from pyro_cryo.physics.rotations import random_rotations
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
@@ -38,25 +41,7 @@ PEAKS = 4
 ROUNDS = 6  # of search at most, each followed by a pass
 SUBSET = 2000  # images of a round
 CONVERGED = 0.5  # nats an image that a further round may still find
-MARCH = 1.2  # factor of the band from pass to pass
 STEPS = 3  # of Newton's method, a pass
-OVER = 3  # shells of a box beyond the band in which poses are compared
-
-
-@dataclass(frozen=True)
-class Posed:
-    """Posteriors of the poses of N images, on the CPU, and a map that goes with them.
-
-    modes:  translations in pixels of the particles' box D
-    volume: (D, D, D)
-    sigma:  (noise groups, D / 2 + 1) noise sd
-    evidence: mean log evidence of an image beside an empty one
-    """
-
-    modes: PoseModes
-    volume: Tensor
-    sigma: Tensor
-    evidence: float
 
 
 def ab_initio(
@@ -68,12 +53,14 @@ def ab_initio(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = quiet,
+    kept: Path | None = None,
 ) -> Posed:
     """Poses of images and their map, without any to begin with.
 
     symmetry: (G, 3, 3) point group of the map
     shift_sd: of the particles about the box centre, pixels along each axis (default: box / 25)
     starts:   random maps that are raced
+    kept:     file of the state after each stage, from which a killed search goes on
     """
     generator = generator or torch.Generator().manual_seed(0)
     count, box = len(particles), particles.box
@@ -84,38 +71,46 @@ def ab_initio(
     )
     sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
     em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
+    bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, box / 2 - 1)]
+    return through(em, [lambda _: _found(em, starts), lambda reached: _all_searched(em, reached), *bands], kept)
+
+
+def _found(em: PoseEM, starts: int) -> Reached:
+    """A map from nothing, and the modes of those images that were searched last."""
     known = _raced(em, starts)
     for kmax in SETTLING:
         known = _passed(em, known, kmax)
     before = -math.inf
     for _ in range(ROUNDS):
-        rows = torch.randperm(count, generator=generator)[:SUBSET].sort().values
-        known, modes, evidence = _searched(em, rows, known)
-        if evidence - before < CONVERGED:
+        rows = torch.randperm(len(em.particles), generator=em.generator)[:SUBSET].sort().values
+        reached = _searched(em, rows, known)
+        if reached.evidence - before < CONVERGED:
             break
-        before = evidence
-    everyone = torch.arange(count)
-    if len(rows) < count:
-        known, modes, _ = _searched(em, everyone, known)
-    for band in _march(box / 2 - 1):
-        known, evidence = em.climb(everyone, modes, known.on(_box(band, box)), band, STEPS)
-    return Posed(modes, known.on(box).volume, em.sigma, evidence)
+        known, before = reached.known, reached.evidence
+    return reached
 
 
-def _march(finest: float) -> list[float]:
-    """Bands of the passes that follow, cycles a box."""
-    bands = [FINE]
-    while bands[-1] < finest:
-        bands.append(min(MARCH * bands[-1], finest))
-    return bands
+def _all_searched(em: PoseEM, reached: Reached | None) -> Reached:
+    """All images searched, unless they were."""
+    assert reached is not None
+    count = len(em.particles)
+    return reached if len(reached.modes.log_weight) == count else _searched(em, torch.arange(count), reached.known)
 
 
-def _searched(em: PoseEM, rows: Tensor, known: Solved) -> tuple[Solved, PoseModes, float]:
-    """Some images (n,) searched and climbed once: the next map, their modes, the mean log evidence."""
-    known = known.on(_box(FINE, em.particles.box))
+def _searched(em: PoseEM, rows: Tensor, known: Solved) -> Reached:
+    """Some images (n,) searched and climbed once."""
+    known = known.on(box_of(FINE, em.particles.box))
     modes = _modes(em.search(rows, known, SEARCHED, PEAKS))
     known, evidence = em.climb(rows, modes, known, FINE, STEPS)
-    return known, modes, evidence
+    return Reached(known, modes, evidence)
+
+
+def _climbed(em: PoseEM, band: float, reached: Reached | None) -> Reached:
+    """A pass over all images."""
+    assert reached is not None
+    known = reached.known.on(box_of(band, em.particles.box))
+    known, evidence = em.climb(torch.arange(len(em.particles)), reached.modes, known, band, STEPS)
+    return Reached(known, reached.modes, evidence)
 
 
 def _raced(em: PoseEM, starts: int) -> Solved:
@@ -139,7 +134,7 @@ def _raced(em: PoseEM, starts: int) -> Solved:
 
 def _passed(em: PoseEM, known: Solved, kmax: float) -> Solved:
     """The next map, from a sample of the images, each from its best views in a whole grid."""
-    known = known.on(_box(kmax, em.particles.box))
+    known = known.on(box_of(kmax, em.particles.box))
     rows = torch.randperm(len(em.particles), generator=em.generator)[:SAMPLE]
     return em.add(rows, em.search(rows, known, _grids(kmax), VIEWS, apart=0.0), known)
 
@@ -151,7 +146,7 @@ def _grids(kmax: float) -> tuple[Level, ...]:
 
 def _random_map(em: PoseEM) -> Solved:
     """Smooth noise in a ball, of half the amplitude of the images."""
-    box = _box(RACE[0], em.particles.box)
+    box = box_of(RACE[0], em.particles.box)
     noise = torch.randn(box, box, box, generator=em.generator).to(em.device)
     smooth = torch.exp(-0.5 * (half_radius(box, em.device) / (RACE[0] / 1.5)).square())
     volume = torch.fft.irfftn(torch.fft.rfftn(noise) * smooth, s=noise.shape)
@@ -162,11 +157,6 @@ def _random_map(em: PoseEM) -> Solved:
     expected = (batch.ctf.square() * slices.abs().square()).mean()
     volume = volume * (0.25 * batch.image.square().sum(-1).mean() / expected).sqrt()
     return Solved(volume, torch.zeros(box // 2 + 1, device=em.device))
-
-
-def _box(kmax: float, most: int) -> int:
-    """Of the maps whose poses are compared up to kmax."""
-    return min(2 * (math.floor(kmax) + OVER), most)
 
 
 def _modes(found: Found) -> PoseModes:

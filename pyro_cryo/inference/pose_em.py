@@ -6,6 +6,7 @@ and the noise is what drawn poses leave of the images; the map is then solved fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,21 @@ BATCH = 256
 EXTENT = 3.5  # standard deviations of the shifts, that are searched
 EDGE = 0.15  # of half the box: the soft edge of the ball
 FLOOR = 0.02  # of the prior's sd outside it
+MARCH = 1.2  # factor of the band from pass to pass
+OVER = 3  # shells of a box beyond the band in which poses are compared
+
+
+def march(first: float, finest: float) -> list[float]:
+    """Bands of passes, cycles a box, from the first to the finest."""
+    bands = [first]
+    while bands[-1] < finest:
+        bands.append(min(MARCH * bands[-1], finest))
+    return bands
+
+
+def box_of(kmax: float, most: int) -> int:
+    """Of the maps in which poses are compared up to kmax cycles a box."""
+    return min(2 * (math.floor(kmax) + OVER), most)
 
 
 @dataclass(frozen=True)

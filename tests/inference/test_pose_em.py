@@ -43,14 +43,13 @@ def perturbed(particles: Particles, turn_deg: float, shift_px: float) -> PosePri
     return PosePrior(rotation, translation, math.radians(turn_deg), shift_px)
 
 
-def begun(prior: PosePrior) -> PoseModes:
-    eye = torch.eye(5).expand(COUNT, 1, 5, 5).clone()
-    return PoseModes(prior.rotation[:, None].clone(), prior.translation[:, None].clone(), eye, torch.zeros(COUNT, 1))
-
-
 def test_perturbed_poses_and_the_map_are_refined(particles: Particles, known: Solved) -> None:
     prior = perturbed(particles, 8.0, 1.0)
-    em, modes, everyone = passes(particles, prior), begun(prior), torch.arange(COUNT)
+    em, modes, everyone = (
+        passes(particles, prior),
+        PoseModes.single(prior.rotation, prior.translation),
+        torch.arange(COUNT),
+    )
     start = reconstruct(particles.with_poses(prior.rotation, prior.translation)).volume
     found, evidence = Solved(start, torch.zeros(BOX // 2 + 1)), []
     for kmax in (6.0, 8.0, 10.0, 12.0, 12.0):
@@ -66,7 +65,7 @@ def test_perturbed_poses_and_the_map_are_refined(particles: Particles, known: So
 
 def test_the_noise_is_what_poses_leave(particles: Particles, known: Solved) -> None:
     prior = PosePrior(particles.rotation, particles.translation, 0.02, 0.1)
-    em, modes = passes(particles, prior), begun(prior)
+    em, modes = passes(particles, prior), PoseModes.single(prior.rotation, prior.translation)
     em.sigma = reconstruct(particles).sigma
     true = em.sigma.clone()
     em.climb(torch.arange(COUNT), modes, known, 14.0, 2)
