@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pyro_cryo import Particles
 from pyro_cryo.inference.ab_initio import SEARCHED

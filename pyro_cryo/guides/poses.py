@@ -63,6 +63,18 @@ class PoseModes(Rows):
         image = torch.arange(len(mode), device=mode.device)
         return self.rotation[image, mode], self.translation[image, mode]
 
+    @property
+    def spread(self) -> PoseSpread:
+        """How unsure the poses are."""
+        rotation, translation = self.best
+        weight, covariance = self.log_weight.exp(), torch.linalg.inv(self.precision)
+        variance = torch.diagonal(covariance, dim1=2, dim2=3)
+        turn = log(self.rotation @ rotation[:, None].mT).square().sum(-1) + variance[..., :3].sum(-1)
+        shift = (self.translation - translation[:, None]).square().sum(-1) + variance[..., 3:].sum(-1)
+        own = 0.5 * (5 * (1 + math.log(2 * math.pi)) - torch.linalg.slogdet(self.precision)[1])
+        entropy = (weight * own).sum(1) - torch.special.xlogy(weight, weight).sum(1)
+        return PoseSpread((weight * turn).sum(1).sqrt().rad2deg(), (weight * shift).sum(1).sqrt(), entropy)
+
     def drawn(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """One draw of each image's pose: rotation (n, 3, 3), translation (n, 2)."""
         mode = torch.multinomial(self.log_weight.exp(), 1, generator=generator)[:, 0]
@@ -71,6 +83,21 @@ class PoseModes(Rows):
         root = torch.linalg.cholesky(self.precision[image, mode])
         away = torch.linalg.solve_triangular(root.mT, white, upper=True)[..., 0]
         return moved(*self.at(mode), away)
+
+
+@dataclass(frozen=True)
+class PoseSpread(Rows):
+    """How unsure the poses of n images are.
+
+    angle_deg: (n,) root mean square angle between a rotation of the posterior and the best one
+    shift_px:  (n,) root mean square distance of translations, pixels
+    entropy:   (n,) of the posterior, nats; densities in (v, t), cubic radians times square pixels. That of a mixture is
+               taken as if its components did not overlap
+    """
+
+    angle_deg: Tensor
+    shift_px: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.poses import Landscape, PoseModes, PosePrior, climbed, merged, moved
-from pyro_cryo.physics.rotations import angle_deg, exp, random_rotations
+from pyro_cryo.physics.rotations import angle_deg, exp, log, random_rotations
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slope_grid
 
 BOX, IMAGES, SIGMA = 24, 200, 0.5
@@ -139,3 +139,26 @@ def test_modes_on_one_peak_are_one(batch: Batch) -> None:
     torch.testing.assert_close(one.best[0], batch.rotation)
     share = one.log_weight.exp().sort(1, descending=True).values
     torch.testing.assert_close(share[0], torch.tensor([5 / 7, 2 / 7, 0.0]))
+
+
+def test_spread_and_entropy_are_those_of_draws() -> None:
+    """Two modes 40 degrees and 3 pixels apart, of weights .7 and .3."""
+    generator = torch.Generator().manual_seed(3)
+    turn = exp(torch.tensor([math.radians(40.0), 0.0, 0.0]))
+    rotation = torch.stack([torch.eye(3), turn]).expand(1, 2, 3, 3)
+    translation = torch.tensor([[[0.0, 0.0], [0.0, 3.0]]])
+    root = 0.3 * torch.randn(2, 5, 5, generator=generator) + torch.diag(torch.tensor([30.0] * 3 + [3.0] * 2))
+    modes = PoseModes(rotation, translation, (root @ root.mT)[None], torch.tensor([[0.7, 0.3]]).log())
+    n = 40_000
+    many = PoseModes(*(value.expand(n, *value.shape[1:]) for value in modes.tensors))
+    drawn, moved_to = many.drawn(generator)
+    spread = modes.spread
+    angle = angle_deg(drawn, torch.eye(3)).square().mean().sqrt()
+    torch.testing.assert_close(spread.angle_deg[0], angle, rtol=0.02, atol=0)
+    torch.testing.assert_close(spread.shift_px[0], moved_to.square().sum(1).mean().sqrt(), rtol=0.02, atol=0)
+    density = torch.zeros(n)
+    for k in range(2):
+        away = torch.cat([log(drawn @ rotation[0, k].mT), moved_to - translation[0, k]], 1)
+        normal = torch.distributions.MultivariateNormal(torch.zeros(5), precision_matrix=modes.precision[0, k])
+        density = density + modes.log_weight[0, k].exp() * normal.log_prob(away).exp()
+    assert float(spread.entropy[0]) == pytest.approx(-float(density.log().mean()), abs=0.03)
