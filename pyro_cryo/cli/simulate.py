@@ -15,7 +15,9 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "simulate", "particles with known truth", run)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--toy", metavar="NAME", help="a built-in complex: hinge (swings), rotor (turns) or classes (four states)"
+        "--toy",
+        metavar="NAME",
+        help="a built-in complex: hinge (an arm swings), rotor (it turns), two_arms, classes (four states), ten_classes",
     )
     what.add_argument("--pdb", type=Path, help="an atomic model; several MODELs are several states")
     what.add_argument("--map", type=Path, nargs="+", help="one or several maps (.mrc), each a state")

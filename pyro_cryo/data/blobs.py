@@ -121,6 +121,21 @@ def rotor(n_states: int = 60) -> Complex:
     return _swung(torch.stack([radians.cos(), radians.sin()], -1), angle, axis=(1.0, 0.1, 0.05))
 
 
+def two_arms(n_each: int = 9) -> Complex:
+    """The hinge's body and arm, and a second arm that swings by itself: n_each angles of each.
+
+    The coordinates run from 0 to 1 each.
+    """
+    _check_states(n_each)
+    along = torch.linspace(0, 1, n_each) if n_each > 1 else torch.full((1,), 0.5)
+    coordinate = torch.cartesian_prod(along, along)
+    one = _swung(coordinate[:, :1], 90 * (coordinate[:, 0] - 0.5), axis=(-0.25, 0.45, 1.0))
+    arm = _globule([((-44, 14, 12), (20, 11, 12)), ((-62, 30, 20), (13, 18, 11))], n=55, seed=13)
+    second = _turned(arm, 80 * (coordinate[:, 1] - 0.5), (-30.0, 8.0, 6.0), axis=(0.9, 0.2, 0.4))
+    xyz = torch.cat([one.xyz, second], 1)
+    return Complex(xyz - xyz.mean((0, 1)), torch.ones(xyz.shape[:2]), coordinate, one.sigma_angstrom)
+
+
 def _check_states(n_states: int) -> None:
     if n_states < 1:
         raise ValueError(f"{n_states} states; give at least 1")
@@ -134,12 +149,18 @@ def _swung(coordinate: Tensor, angle_deg: Tensor, axis: tuple[float, float, floa
     arm = _globule(
         [((46, 8, 6), (21, 12, 13)), ((68, 22, 12), (14, 21, 12)), ((66, 40, 26), (10, 11, 16))], n=60, seed=12
     )
-    pivot = torch.tensor([28.0, 3.0, 2.0])
-    turn = exp(torch.deg2rad(angle_deg)[:, None] * torch.nn.functional.normalize(torch.tensor(axis), dim=0))
-    swung = (arm - pivot) @ turn.mT + pivot
+    swung = _turned(arm, angle_deg, (28.0, 3.0, 2.0), axis)
     xyz = torch.cat([body.expand(len(angle_deg), -1, -1), swung], 1)
     xyz = xyz - xyz.mean((0, 1))
     return Complex(xyz, torch.ones(xyz.shape[:2]), coordinate, sigma_angstrom=4.0)
+
+
+def _turned(
+    xyz: Tensor, angle_deg: Tensor, pivot: tuple[float, float, float], axis: tuple[float, float, float]
+) -> Tensor:
+    """Points (A, 3) turned by angles (S,) about an axis through a pivot: (S, A, 3)."""
+    turn = exp(torch.deg2rad(angle_deg)[:, None] * torch.nn.functional.normalize(torch.tensor(axis), dim=0))
+    return (xyz - torch.tensor(pivot)) @ turn.mT + torch.tensor(pivot)
 
 
 def classes() -> Complex:
@@ -153,13 +174,39 @@ def classes() -> Complex:
         _globule([((8, -34, 14), (22, 12, 13))], n=34, seed=23),
         _globule([((10, 6, -34), (13, 13, 16))], n=26, seed=24),
     ]
+    bound = torch.arange(1, 4) <= torch.arange(4)[:, None]  # state s holds the first s subunits
+    return _assembled(core, subunits, bound)
+
+
+def ten_classes() -> Complex:
+    """Ten assembly states: a core, and of five subunits none, one, or one and another.
+
+    The coordinate repeats the state's number.
+    """
+    core = _globule([((0, 0, 0), (30, 27, 21)), ((16, 20, 12), (16, 14, 15))], n=110, seed=31)
+    subunits = [
+        _globule([((-38, 12, 8), (15, 18, 14))], n=32, seed=32),
+        _globule([((8, -36, 14), (22, 12, 13))], n=34, seed=33),
+        _globule([((10, 6, -36), (14, 13, 16))], n=30, seed=34),
+        _globule([((42, -6, 4), (14, 17, 12))], n=30, seed=35),
+        _globule([((-12, 16, 38), (17, 13, 14))], n=32, seed=36),
+    ]
+    held = [(), (0,), (1,), (2,), (3,), (4,), (0, 1), (1, 2), (2, 3), (3, 4)]
+    return _assembled(core, subunits, torch.tensor([[n in some for n in range(5)] for some in held]))
+
+
+def _assembled(core: Tensor, subunits: list[Tensor], bound: Tensor) -> Complex:
+    """States that hold a core, and the subunits that bound (S, subunits) says."""
     xyz = torch.cat([core, *subunits])
-    xyz = xyz - xyz.mean(0)
-    sizes = torch.tensor([len(core)] + [len(s) for s in subunits])
-    bound = torch.arange(4)[None] <= torch.arange(4)[:, None]  # state s holds the core and the first s subunits
-    weight = bound.float().repeat_interleave(sizes, dim=1)
-    state = torch.arange(4.0)[:, None]
-    return Complex(xyz.expand(4, -1, -1).contiguous(), weight, state, sigma_angstrom=4.0)
+    sizes = torch.tensor([len(part) for part in (core, *subunits)])
+    held = torch.cat([torch.ones_like(bound[:, :1]), bound], 1)
+    states = len(bound)
+    return Complex(
+        (xyz - xyz.mean(0)).expand(states, -1, -1).contiguous(),
+        held.float().repeat_interleave(sizes, dim=1),
+        torch.arange(float(states))[:, None],
+        sigma_angstrom=4.0,
+    )
 
 
 def _globule(ellipsoids: list[tuple[tuple[int, ...], tuple[int, ...]]], n: int, seed: int) -> Tensor:

@@ -31,16 +31,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.blobs import Complex, classes, from_pdb, hinge, rotor
+from pyro_cryo.data.blobs import Complex, classes, from_pdb, hinge, rotor, ten_classes, two_arms
 from pyro_cryo.data.density_maps import DensityMaps, from_maps
 from pyro_cryo.data.star import write_star
 from pyro_cryo.physics.ctf import CTF
 from pyro_cryo.physics.rotations import random_rotations, to_euler_deg
 from pyro_cryo.progress import Progress, quiet
 
-__all__ = ["TOYS", "Complex", "DensityMaps", "Source", "classes", "from_maps", "from_pdb", "hinge", "rotor", "simulate"]
+__all__ = [
+    "TOYS", "Complex", "DensityMaps", "Source", "classes", "from_maps", "from_pdb", "hinge", "rotor", "simulate",
+    "ten_classes", "two_arms",
+]  # fmt: skip
 
-TOYS: Mapping[str, Callable[[], Complex]] = {"hinge": hinge, "rotor": rotor, "classes": classes}
+TOYS: Mapping[str, Callable[[], Complex]] = {
+    "hinge": hinge,
+    "rotor": rotor,
+    "two_arms": two_arms,
+    "classes": classes,
+    "ten_classes": ten_classes,
+}
 """The built-in complexes by name."""
 
 NOISE_ROWS_PX = 2**22

@@ -15,7 +15,18 @@ import torch
 from pyro_cryo.data.blobs import Complex
 from pyro_cryo.data.density_maps import kaiser_bessel_grid, read_kaiser_bessel
 from pyro_cryo.data.mrc_map import write_map
-from pyro_cryo.data.simulate import TOYS, DensityMaps, classes, from_maps, from_pdb, hinge, rotor, simulate
+from pyro_cryo.data.simulate import (
+    TOYS,
+    DensityMaps,
+    classes,
+    from_maps,
+    from_pdb,
+    hinge,
+    rotor,
+    simulate,
+    ten_classes,
+    two_arms,
+)
 from pyro_cryo.physics.ctf import CTF
 from pyro_cryo.physics.fourier import HalfPlane, image_to_half_plane, shift_phase
 from pyro_cryo.physics.rotations import angle_deg, from_euler_deg, random_rotations
@@ -194,6 +205,23 @@ def test_the_rotor_turns_full_circle() -> None:
     step = (source.xyz[:, 140:] - source.xyz[:, 140:].roll(-1, 0)).norm(dim=-1).mean(1)
     torch.testing.assert_close(step, step.mean().expand(8))  # as far from the last to the first as between others
     torch.testing.assert_close(source.xyz[0, :140], source.xyz[4, :140])
+
+
+def test_two_arms_swing_independently() -> None:
+    xyz = two_arms(3).xyz.unflatten(0, (3, 3))
+    body, first, second = xyz[:, :, :140], xyz[:, :, 140:200], xyz[:, :, 200:]
+    torch.testing.assert_close(body, body[:1, :1].expand_as(body))
+    torch.testing.assert_close(first, first[:, :1].expand_as(first))
+    torch.testing.assert_close(second, second[:1].expand_as(second))
+    for arm, axis in ((first, 0), (second, 1)):
+        ends = arm.select(axis, 2) - arm.select(axis, 0)
+        assert float(ends.norm(dim=-1).mean()) > 20
+
+
+def test_ten_classes_bind_different_subunits() -> None:
+    source = ten_classes()
+    assert len(source.weight.unique(dim=0)) == 10
+    assert bool((source.weight[:, :110] == 1).all())
 
 
 def test_the_hinge_moves_one_rigid_domain_through_ninety_degrees() -> None:
