@@ -17,7 +17,7 @@ def add_to(commands: Any) -> None:
     what.add_argument(
         "--toy",
         metavar="NAME",
-        help="a built-in complex: hinge (an arm swings), rotor (it turns), two_arms, classes (four states), ten_classes",
+        help="a built-in complex: hinge (an arm swings), rotor (it turns), two_arms, classes (of four) or ten_classes",
     )
     what.add_argument("--pdb", type=Path, help="an atomic model; several MODELs are several states")
     what.add_argument("--map", type=Path, nargs="+", help="one or several maps (.mrc), each a state")
