@@ -17,6 +17,7 @@ LAYERS = {
     "pyro_cryo.physics": 1,
     "pyro_cryo.distributions": 2,
     "pyro_cryo.data": 2,
+    "pyro_cryo.pose": 3,
     "pyro_cryo.volumes": 3,
     "pyro_cryo.model": 4,
     "pyro_cryo.guides": 5,

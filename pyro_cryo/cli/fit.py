@@ -27,7 +27,7 @@ def add_to(commands: Any) -> None:
     Settings that were not given are not in the namespace: `Settings` has the defaults, and a model that is solved can
     refuse those that were.
     """
-    summary = "reconstruct a map, or a family of maps, from particles with poses"
+    summary = "reconstruct a map, or a family of maps, from particles"
     parser = add_command(commands, "fit", summary, run)
     none = argparse.SUPPRESS
     add_particles(parser, AS_STORED)
@@ -48,6 +48,21 @@ def add_to(commands: Any) -> None:
         help="any other argument of the model, as in Python; repeatable",
     )
     add("--resume", action="store_true", help="go on with the run in -o; give the arguments that it was started with")
+    add = parser.add_argument_group("poses").add_argument
+    add(
+        "--poses",
+        dest="poses_are",
+        choices=["known", "refine", "search"],
+        default=none,
+        help="known: the table's; refine: about the table's; search: from nothing (default: the model's, mostly known)",
+    )
+    add("--turn-sd-deg", type=float, default=none, help="to refine: sd about each axis, to begin with (default: 5)")
+    add(
+        "--shift-sd-px",
+        type=float,
+        default=none,
+        help="sd of shifts along each axis, pixels (default: to refine 2, to search 4%% of the box)",
+    )
     add = parser.add_argument_group("descent (models that are not solved for)").add_argument
     add("--epochs", "-n", type=int, default=none, help="passes over the data (default: the model's)")
     add("--batch-size", "-b", type=int, default=none, help="images a step (default: 16)")
@@ -94,6 +109,7 @@ def run(asked: argparse.Namespace) -> None:
     particles = open_particles(asked)
     torch.manual_seed(asked.seed)
     model = build(kind, asked, particles)
+    set_poses(model, asked)
     found = fit(model, particles, asked.out, resume=asked.resume, progress=progress_of(asked), **settings)
     last = f", loss {found.records[-1]['loss']:.4f} nats an image" if "loss" in found.records[-1] else ""
     shape = f", z of dimension {found.model.zdim}" if found.model.zdim else ""
@@ -135,6 +151,27 @@ def build(kind: Any, asked: argparse.Namespace, particles: Any) -> Any:
     except (TypeError, RuntimeError) as error:
         said = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "no arguments"
         raise ValueError(f"model {kind.__name__} cannot be built with {said} ({error}); mend them") from error
+
+
+def set_poses(model: Any, asked: argparse.Namespace) -> None:
+    """Give the model the prior of poses that was asked for."""
+    from pyro_cryo.pose import AnyPose, KnownPose, PoseAbout
+
+    spread = {name: getattr(asked, name) for name in ("turn_sd_deg", "shift_sd_px") if name in asked}
+    choice = getattr(asked, "poses_are", None)
+    useless = [name for name in spread if choice != "refine" and (choice, name) != ("search", "shift_sd_px")]
+    if useless:
+        name, option = useless[0], useless[0].replace("_", "-")
+        raise ValueError(
+            f"{name} is {spread[name]:g}, but poses are {choice or 'known'}; leave --{option} out, or give --poses refine"
+        )
+    match choice:
+        case "known":
+            model.poses = KnownPose()
+        case "refine":
+            model.poses = PoseAbout(**spread)
+        case "search":
+            model.poses = AnyPose(**{"shift_sd_px": model.box / 25, **spread})
 
 
 def _value(text: str) -> Any:

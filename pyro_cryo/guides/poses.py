@@ -12,12 +12,14 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
 from pyro_cryo.physics.fourier import shift_phase
 from pyro_cryo.physics.rotations import exp, log
 from pyro_cryo.physics.slices import GridPoints, slice_coordinates
+from pyro_cryo.pose import AnyPose, PoseAbout
 from pyro_cryo.rows import Rows
 from pyro_cryo.volumes.conjugate import noise_sd
 
@@ -137,6 +139,21 @@ class PosePrior:
     def away(self, rotation: Tensor, translation: Tensor) -> Tensor:
         """Where poses lie from its centre: (n, 5)."""
         return torch.cat([log(rotation @ self.rotation.mT), translation - self.translation], -1)
+
+
+def prior_of(poses: nn.Module, particles: Particles) -> PosePrior:
+    """p(R) p(t) of all particles under a model's prior of poses, translations in pixels of the model's box.
+
+    Raises TypeError where the prior is neither of the two that are solved for.
+    """
+    if isinstance(poses, PoseAbout):
+        return PosePrior(particles.rotation, particles.translation, float(poses.turn_sd), float(poses.shift_sd))
+    if not isinstance(poses, AnyPose):
+        raise TypeError(
+            f"posteriors under poses of {type(poses).__name__} cannot be found; derive it from PoseAbout or AnyPose"
+        )
+    count = len(particles)
+    return PosePrior(torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, float(poses.shift_sd))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.elbo import ReparameterisedELBO
-from pyro_cryo.inference.run import Run
+from pyro_cryo.inference.posing import find_poses, learn_spread
+from pyro_cryo.inference.run import Run, read_poses, write_poses
 from pyro_cryo.inference.state import (
     CHECKPOINT,
     RECORD,
@@ -25,12 +26,14 @@ from pyro_cryo.inference.state import (
     json_arguments,
     load_checkpoint,
     model_reference,
+    pose_reference,
     read_record,
     save_checkpoint,
     write_log,
     write_record,
 )
 from pyro_cryo.model import CryoModel
+from pyro_cryo.pose import KnownPose
 from pyro_cryo.progress import Progress, quiet
 
 CHECK_EVERY = 25  # steps between looks at the loss: each look waits for the device
@@ -170,8 +173,10 @@ def _saved(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | None:
     if record["particles"]["fingerprint"] != run.particles.fingerprint():
         raise ValueError(f"{folder} is a fit of other particles; resume with the input of its run.json")
     reference, then_reference = model_reference(run.model), record["model"]
-    now = {"model": reference["class"], **json_arguments(run.model), **asdict(settings)}
-    then = {"model": then_reference["class"], **record["arguments"], **record["settings"]}
+    poses = pose_reference(run.model)
+    now = {"model": reference["class"], "poses": poses, **json_arguments(run.model), **asdict(settings)}
+    then = {"model": then_reference["class"], "poses": poses, **record["arguments"], **record["settings"]}
+    then["poses"] = record.get("poses", poses)
     for name in ("device", "compile", "save_every_s"):  # where and how, not what
         now.pop(name)
     changed = [name for name, value in now.items() if then.get(name) != value]
@@ -200,8 +205,10 @@ class _Loop:
         """To where the descent begins, or to where a checkpoint was taken."""
         settings = self.settings
         torch.manual_seed(settings.seed)
+        began = time.monotonic()
+        if not isinstance(self.model.poses, KnownPose):
+            self._find_poses()
         if saved is None:
-            began = time.monotonic()
             self.model.prepare(self.particles, settings.seed, self.progress)
             self.elapsed = time.monotonic() - began if not self.epochs else 0.0
         self.run.guide = self.model.make_guide().to(settings.device)
@@ -217,6 +224,20 @@ class _Loop:
             self._restore(saved)
         elif self.epochs:
             self._save()
+
+    def _find_poses(self) -> None:
+        """The posteriors of the poses, those of an earlier start where they were kept; at the best it is fitted."""
+        run, folder = self.run, self.run.folder
+        run.poses = None if folder is None else read_poses(folder)
+        if run.poses is None:
+            kept = None if folder is None else folder / "poses.part.pt"
+            run.poses = find_poses(self.model, self.particles, self.settings.seed, self.progress, kept)
+            if folder is not None:
+                write_poses(folder, run.poses)
+                (folder / "poses.part.pt").unlink(missing_ok=True)
+        learn_spread(self.model, self.particles, run.poses)
+        vars(run).pop("particles", None)
+        self.particles = run.particles
 
     def go(self) -> None:
         """To the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_arrays
 from pyro_cryo.model import CryoModel
 from pyro_cryo.progress import Progress, quiet
 
-LATENT, PARTICLES = "latent.npz", "particles.star"
+LATENT, PARTICLES, POSES = "latent.npz", "particles.star", "poses.npz"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Run:
     model, guide: the modules, on the device of the fit
     source:       the particles, or what opens them when they are first asked for
     folder:       where it is kept; None for a fit in memory
+    poses:        posteriors of the poses, translations in pixels of the model's box; None where they are known
     records:      one a pass: epoch, step, loss (minus the ELBO, nats an image), images_per_second, seconds
     """
 
@@ -47,6 +49,7 @@ class Run:
     source: Particles | Callable[[], Particles]
     folder: Path | None = None
     guide: nn.Module | None = None
+    poses: PoseModes | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
@@ -81,12 +84,13 @@ class Run:
                 "build the model as it was fitted"
             ) from error
         source = particles if particles is not None else partial(open_again, record, folder)
-        return Run(model, source, folder, guide, read_log(folder))
+        return Run(model, source, folder, guide, read_poses(folder), read_log(folder))
 
     @cached_property
     def particles(self) -> Particles:
-        """What the model was fitted to."""
-        return self.source if isinstance(self.source, Particles) else self.source()
+        """What the model was fitted to; where poses were found, at the best of each image."""
+        source = self.source if isinstance(self.source, Particles) else self.source()
+        return source if self.poses is None else source.with_poses(*self.poses.best)
 
     @cached_property
     def apix(self) -> float:
@@ -160,8 +164,32 @@ class Run:
             latent = self.encode(self.particles, progress=progress)
             self.__dict__["latent"] = latent
             latent.write(self.folder / LATENT)
-        self.particles.write_star(self.folder / PARTICLES)
+        self.particles.write_star(self.folder / PARTICLES, extra=self._pose_columns())
         self.model.write_results(self.folder, self.particles)
+
+    def _pose_columns(self) -> dict[str, np.ndarray]:
+        """How unsure each image's pose is, in columns that RELION carries along."""
+        if self.poses is None:
+            return {}
+        spread = self.poses.spread
+        return {
+            "pyroCryoAngleSdDeg": spread.angle_deg.numpy(),
+            "pyroCryoShiftSdPx": spread.shift_px.numpy(),
+            "pyroCryoPoseEntropy": spread.entropy.numpy(),
+        }
+
+
+def write_poses(folder: Path, poses: PoseModes) -> None:
+    """poses.npz: rotation (N, K, 3, 3), translation (N, K, 2), precision (N, K, 5, 5) and log_weight (N, K)."""
+    write_arrays(folder / POSES, **{name: value.numpy() for name, value in vars(poses).items()})
+
+
+def read_poses(folder: Path) -> PoseModes | None:
+    """What `write_poses` wrote, if it did."""
+    if not (folder / POSES).exists():
+        return None
+    with np.load(folder / POSES) as file:
+        return PoseModes(*(torch.from_numpy(file[field.name]) for field in fields(PoseModes)))
 
 
 def open_again(record: dict[str, Any], folder: Path) -> Particles:

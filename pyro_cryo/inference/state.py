@@ -19,6 +19,7 @@ import pyro
 import torch
 
 import pyro_cryo
+from pyro_cryo import pose
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.model import CryoModel
 from pyro_cryo.recipes import recipes
@@ -98,6 +99,7 @@ def write_record(folder: Path, model: CryoModel, particles: Particles, settings:
         "model": model_reference(model),
         "arguments": json_arguments(model),
         "unsaid": sorted(set(model.arguments) - set(json_arguments(model))),
+        "poses": pose_reference(model),
         "particles": {**particles.opened_with, "count": len(particles), "fingerprint": particles.fingerprint()},
         "apix": particles.apix,
         "settings": settings,
@@ -138,6 +140,12 @@ def model_reference(model: CryoModel) -> dict[str, str]:
     return {"file": str(Path(file).resolve()), "sha256": _digest(Path(file)), "class": kind.__qualname__}
 
 
+def pose_reference(model: CryoModel) -> dict[str, Any]:
+    """The class of a model's prior of poses and what it was built with."""
+    kind = type(model.poses)
+    return {"module": kind.__module__, "class": kind.__qualname__, "arguments": getattr(model.poses, "arguments", {})}
+
+
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
@@ -170,9 +178,20 @@ def build_model(record: dict[str, Any]) -> CryoModel:
             f"{where} has changed since the fit; its model may not be the one fitted", UserWarning, stacklevel=3
         )
     try:
-        return kind(**arguments)
+        model = kind(**arguments)
     except TypeError as error:
         raise ValueError(f"{reference['class']} cannot be built again ({error}); give Run.load(..., model=)") from error
+    _set_poses(model, record.get("poses", pose_reference(model)))
+    return model
+
+
+def _set_poses(model: CryoModel, reference: dict[str, Any]) -> None:
+    """The prior of poses that run.json names."""
+    if reference == pose_reference(model):
+        return
+    if reference["module"] != "pyro_cryo.pose":
+        raise ValueError(f"the prior of poses {reference['class']} is the run's own; give Run.load(..., model=)")
+    model.poses = getattr(pose, reference["class"])(**reference["arguments"])
 
 
 def load_class(name: str, wanted: str | None = None) -> type[CryoModel]:

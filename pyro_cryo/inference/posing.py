@@ -1,0 +1,45 @@
+"""Posteriors of poses, found before a model is fitted: refined or searched, as its prior of poses says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.poses import PoseModes, prior_of
+from pyro_cryo.inference.ab_initio import ab_initio
+from pyro_cryo.inference.refine import refined
+from pyro_cryo.model import CryoModel
+from pyro_cryo.pose import PoseAbout
+from pyro_cryo.progress import Progress, quiet
+
+
+def find_poses(
+    model: CryoModel, particles: Particles, seed: int = 0, progress: Progress = quiet, kept: Path | None = None
+) -> PoseModes:
+    """Posteriors of the poses under `model.poses`, in one map for all images.
+
+    Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
+    rotation and the hand of the map.
+
+    kept: file of the state on the way, from which what was killed goes on.
+    """
+    prior = prior_of(model.poses, particles)
+    generator = torch.Generator().manual_seed(seed)
+    symmetry = getattr(model, "symmetry", torch.eye(3)[None])
+    device = model.log_sigma.device
+    how: dict[str, Any] = {"generator": generator, "device": device, "progress": progress, "kept": kept}
+    if math.isinf(prior.turn_sd):
+        return ab_initio(particles, symmetry, shift_sd=prior.shift_sd, **how).modes
+    return refined(particles, prior, symmetry, **how).modes
+
+
+def learn_spread(model: CryoModel, particles: Particles, modes: PoseModes) -> None:
+    """Set the spread of a prior about a consensus, the particles' own poses, to what posteriors say of it."""
+    if isinstance(model.poses, PoseAbout):
+        learned = prior_of(model.poses, particles).learned(modes)
+        model.poses.turn_sd.fill_(learned.turn_sd)
+        model.poses.shift_sd.fill_(learned.shift_sd)

@@ -1,0 +1,139 @@
+"""Fits whose poses are not known: found first, kept in the run, written out with how unsure they are."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import hinge_images
+from torch import nn
+
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.data.star import read_star
+from pyro_cryo.guides.poses import PoseModes, moved
+from pyro_cryo.inference import fit as fitting
+from pyro_cryo.inference import posing
+from pyro_cryo.inference.fit import fit
+from pyro_cryo.inference.run import Run
+from pyro_cryo.models.homogeneous import Homogeneous
+from pyro_cryo.physics.rotations import angle_deg
+from pyro_cryo.pose import AnyPose, PoseAbout
+
+BOX, COUNT = 32, 300
+
+
+@pytest.fixture(scope="module")
+def true(tmp_path_factory: pytest.TempPathFactory) -> Particles:
+    return hinge_images(tmp_path_factory.mktemp("one"), 1, COUNT, BOX, 0.5)
+
+
+@pytest.fixture(scope="module")
+def rough(true: Particles, tmp_path_factory: pytest.TempPathFactory) -> Particles:
+    """Particles whose table is wrong by 5 degrees and 1 pixel about each axis."""
+    away = torch.randn(COUNT, 5, generator=torch.Generator().manual_seed(1))
+    away = away * torch.tensor([math.radians(5.0)] * 3 + [1.0] * 2)
+    path = tmp_path_factory.mktemp("rough") / "particles.star"
+    true.with_poses(*moved(true.rotation, true.translation, away)).write_star(path)
+    return Particles.open(path)
+
+
+def refining(box: int) -> Homogeneous:
+    model = Homogeneous(box)
+    model.poses = PoseAbout(turn_sd_deg=6.0, shift_sd_px=1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(rough: Particles, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return fit(refining(BOX), rough, tmp_path_factory.mktemp("fit") / "run")
+
+
+def error_deg(particles: Particles, true: Particles) -> float:
+    return float(angle_deg(particles.rotation, true.rotation).median())
+
+
+def test_poses_are_refined_and_the_map_is_theirs(run: Run, rough: Particles, true: Particles) -> None:
+    assert error_deg(run.particles, true) < 0.5 * error_deg(rough, true)
+    exact = fit(Homogeneous(BOX), true).volume()
+    blurred = fit(Homogeneous(BOX), rough).volume()
+    wrong = [float((volume - exact).norm()) for volume in (run.volume(), blurred)]
+    assert wrong[0] < 0.7 * wrong[1]
+
+
+def test_a_loaded_run_has_the_poses(run: Run) -> None:
+    assert run.folder is not None
+    again = Run.load(run.folder)
+    torch.testing.assert_close(again.particles.rotation, run.particles.rotation)
+    assert again.poses is not None
+    assert run.poses is not None
+    for a, b in zip(again.poses.tensors, run.poses.tensors, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(again.volume(), run.volume())
+    assert isinstance(again.model.poses, PoseAbout)
+    assert math.degrees(float(again.model.poses.turn_sd)) == pytest.approx(5.0, rel=0.3)  # learned
+    assert not (run.folder / "poses.part.pt").exists()
+
+
+def test_the_table_says_how_unsure_poses_are(run: Run, true: Particles) -> None:
+    assert run.folder is not None
+    rows = read_star(run.folder / "particles.star")["particles"]
+    written = Particles.open(run.folder / "particles.star")
+    torch.testing.assert_close(written.rotation, run.particles.rotation, atol=1e-4, rtol=0)
+    torch.testing.assert_close(written.translation, run.particles.translation, atol=1e-3, rtol=0)
+    rms = math.sqrt(float(angle_deg(written.rotation, true.rotation).square().median()))
+    said = float(np.median(np.asarray(rows["pyroCryoAngleSdDeg"], float)))
+    assert 0.5 * rms < said < 2 * rms
+    assert {"pyroCryoShiftSdPx", "pyroCryoPoseEntropy"} <= set(rows.columns)
+
+
+def test_a_fit_killed_after_the_poses_does_not_find_them_again(
+    rough: Particles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = rough[:40]
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Homogeneous, "prepare", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(refining(BOX), some, tmp_path / "run")
+    monkeypatch.setattr(fitting, "find_poses", killed)
+    run = fit(refining(BOX), some, tmp_path / "run", resume=True)
+    assert run.poses is not None
+    assert error_deg(run.particles, some) > 0
+
+
+def test_other_poses_are_not_resumed(rough: Particles, run: Run) -> None:
+    assert run.folder is not None
+    with pytest.raises(ValueError, match="was fitted with poses"):
+        fit(Homogeneous(BOX), rough, run.folder, resume=True)
+
+
+def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def ab_initio(particles: Particles, symmetry: torch.Tensor, *, shift_sd: float, **how: object) -> object:
+        asked.append(shift_sd)
+        modes = PoseModes.single(true.rotation, true.translation)
+        return type("Posed", (), {"modes": modes})
+
+    monkeypatch.setattr(posing, "ab_initio", ab_initio)
+    model = Homogeneous(BOX)
+    model.poses = AnyPose(shift_sd_px=1.25)
+    run = fit(model, true)
+    assert asked == [1.25]
+    torch.testing.assert_close(run.particles.rotation, true.rotation)
+
+
+def test_a_prior_that_nothing_solves_for_is_refused(true: Particles) -> None:
+    class Odd(nn.Module):
+        """A prior of its own."""
+
+    model = Homogeneous(BOX)
+    model.poses = Odd()
+    with pytest.raises(TypeError, match="poses of Odd cannot be found; derive it from PoseAbout or AnyPose"):
+        fit(model, true)
