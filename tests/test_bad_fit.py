@@ -127,6 +127,17 @@ MODELS: dict[str, tuple[Kind, str]] = {
     "mask of other values": (lambda d: d.fit("--mask", d.map(np.full((16, 16, 16), 7.0))), "mask values 7 to 7"),
 }
 SETTINGS: dict[str, tuple[Kind, str]] = {
+    "a spread of known poses": (
+        lambda d: d.fit("--shift-sd-px", 2),
+        "shift_sd_px is 2, but poses are known; leave --shift-sd-px out, or give --poses refine",
+    ),
+    "a spread of turns that are searched": (
+        lambda d: d.fit("--poses", "search", "--turn-sd-deg", 2),
+        "turn_sd_deg is 2, but poses are search; leave --turn-sd-deg out",
+    ),
+    "turns of no spread": (lambda d: d.fit("--poses", "refine", "--turn-sd-deg", 0), "turn_sd_deg is 0"),
+    "shifts of a negative spread": (lambda d: d.fit("--poses", "search", "--shift-sd-px", -1), "shift_sd_px is -1"),
+    "poses of another kind": (lambda d: d.fit("--poses", "guess"), "guess"),
     "negative epochs": (lambda d: d.fit("--epochs", -1), "epochs is -1"),
     "empty batches": (lambda d: d.fit("--batch-size", 0), "batch_size is 0"),
     "zero learning rate": (lambda d: d.fit("--lr", 0), "learning_rate is 0"),

@@ -74,6 +74,22 @@ def test_fit_homogeneous_leaves_maps_and_their_record(toy: Path, homogeneous_run
     assert state["finished"] is True
 
 
+def test_fit_refines_poses_and_goes_on_from_its_table(toy: Path, tmp_path: Path, command: Command) -> None:
+    asked = ("fit", toy, "--first", 150, "--box", 16, "--poses", "refine", "--turn-sd-deg", 2, "--shift-sd-px", 0.5)
+    out = tmp_path / "run"
+    assert command(*options(*asked, "-o", out, "--model", "homogeneous")) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert record["poses"]["class"] == "PoseAbout"
+    assert record["poses"]["arguments"] == {"turn_sd_deg": 2.0, "shift_sd_px": 0.5}
+    refined = Particles.open(out / "particles.star")
+    before = Particles.open(toy, first=150)
+    turned = (refined.rotation @ before.rotation.mT).diagonal(dim1=1, dim2=2).sum(1)
+    assert 0 < float((3 - turned).mean()) < 0.1
+    again = ("fit", out / "particles.star", "-o", tmp_path / "next", "--model", "homogeneous", "--box", 16)
+    assert command(*options(*again)) == 0
+    assert Particles.open(tmp_path / "next" / "particles.star").has_poses
+
+
 def test_fit_homogeneous_finds_the_average_of_the_truth(toy: Path, homogeneous_run: Path) -> None:
     with np.load(toy.parent / "truth.npz") as truth:
         average = truth["volumes"][truth["state"]].mean(0)

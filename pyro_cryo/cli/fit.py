@@ -163,7 +163,8 @@ def set_poses(model: Any, asked: argparse.Namespace) -> None:
     if useless:
         name, option = useless[0], useless[0].replace("_", "-")
         raise ValueError(
-            f"{name} is {spread[name]:g}, but poses are {choice or 'known'}; leave --{option} out, or give --poses refine"
+            f"{name} is {spread[name]:g}, but poses are {choice or 'known'}; leave --{option} out, "
+            "or give --poses refine"
         )
     match choice:
         case "known":

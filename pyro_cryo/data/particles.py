@@ -168,7 +168,8 @@ class Particles:
         """(N, 3, 3) float32. Raises ValueError where there are no poses."""
         if self.table.rotation is None:
             raise ValueError(
-                f"{self.table.path} has no poses; give a cryoDRGN .pkl of poses or a table with rlnAngleRot"
+                f"{self.table.path} has no poses; give a cryoDRGN .pkl of poses, a table with rlnAngleRot, "
+                "or search for them (--poses search; model.poses = AnyPose())"
             )
         return self.table.rotation
 
