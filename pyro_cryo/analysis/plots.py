@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_cryo.analysis.fsc import resolution_angstrom
 from pyro_cryo.analysis.latent import KMeans, as_table, pca
+from pyro_cryo.guides.poses import PoseSpread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,6 +164,44 @@ def map_series(volumes: Tensor, apix: float, labels: Sequence[str] | None = None
     if title:
         figure.suptitle(title, size=11)
     return figure
+
+
+def pose_distribution(rotation: Tensor, spread: PoseSpread) -> Figure:
+    """From where N particles are seen, rotation (N, 3, 3), and how unsure their poses are.
+
+    Left the density of viewing directions, over that of a uniform distribution, on a sphere laid out with equal areas;
+    right the root mean square angle and shift of each image's posterior.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.2, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(1, 3, width_ratios=[2.0, 1.0, 1.0])
+    sphere = figure.add_subplot(grid[0], projection="mollweide")
+    longitude, latitude = (np.linspace(-half, half, n) for half, n in ((np.pi, 121), (np.pi / 2, 61)))
+    density = _density_of_directions(rotation[:, 2], longitude, latitude)
+    shown = sphere.pcolormesh(longitude, latitude, density, cmap="viridis", vmin=0, shading="gouraud")
+    figure.colorbar(shown, ax=sphere, label="over a uniform density", shrink=0.8)
+    sphere.set(xticks=[], yticks=[], title=f"Viewing directions, {len(rotation):,} images")
+    for column, (values, label) in enumerate([(spread.angle_deg, "angle (degrees)"), (spread.shift_px, "shift (px)")]):
+        axes = figure.add_subplot(grid[column + 1])
+        axes.hist(_numpy(values.clamp_max(3 * values.quantile(0.9))), bins=40, color=SKY, edgecolor="none")
+        middle = float(values.median())
+        axes.axvline(middle, color=VERMILION, lw=1.2)
+        axes.set(xlabel=f"posterior rms {label}", ylabel="images" if not column else "", title=f"median {middle:.3g}")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _density_of_directions(direction: Tensor, longitude: NDArray[Any], latitude: NDArray[Any]) -> NDArray[Any]:
+    """That of unit vectors (N, 3) on a grid of the sphere, over a uniform one: each as a von Mises-Fisher density."""
+    direction = direction[:: -(-len(direction) // 20_000)]  # more do not show
+    concentration = 25.0 * max(1.0, len(direction) / 500) ** 0.3
+    cosine, sine = np.cos(latitude)[:, None], np.sin(latitude)[:, None] + 0 * longitude
+    point = torch.from_numpy(np.stack([cosine * np.cos(longitude), cosine * np.sin(longitude), sine], -1))
+    near = [torch.exp(concentration * (row @ direction.double().T - 1)).mean(-1) for row in point]
+    return 2 * concentration * torch.stack(near).numpy()
 
 
 def _latent_histogram(z: NDArray[np.floating], clusters: KMeans | None) -> Figure:

@@ -56,8 +56,13 @@ def analyze(
         if not least <= value <= MOST:
             raise ValueError(f"{value} {name}; give {least} to {MOST}, each is a map and a picture")
     if run.model.zdim == 0 or _still(run):
-        return _analyze_map(run, out)
-    return _analyze_latent(run, out, clusters, steps, components, progress)
+        pictures = _analyze_map(run, out)
+    else:
+        pictures = _analyze_latent(run, out, clusters, steps, components, progress)
+    if run.poses is not None:
+        poses = plots.pose_distribution(run.poses.best[0], run.poses.spread)
+        pictures.append(_save(poses, out / "poses.png"))
+    return pictures
 
 
 def _still(run: Run) -> bool:

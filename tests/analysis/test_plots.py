@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from pyro_cryo.analysis.latent import kmeans, pca
-from pyro_cryo.analysis.plots import central_sections, fsc_curves, latent_density, learning_curve, map_series
+from pyro_cryo.analysis.plots import (
+    central_sections,
+    fsc_curves,
+    latent_density,
+    learning_curve,
+    map_series,
+    pose_distribution,
+)
+from pyro_cryo.guides.poses import PoseSpread
+from pyro_cryo.physics.rotations import random_rotations
 
 
 def texts(axes: object) -> list[str]:
@@ -86,6 +95,22 @@ def test_a_series_shows_both_projections_on_one_grey_scale() -> None:
     assert shown == [str(i) for i in range(12)]
     with pytest.raises(ValueError, match="2 labels for 12 maps"):
         map_series(volumes, 4.0, labels=["a", "b"])
+
+
+def test_poses_are_drawn_as_a_density_and_their_uncertainty() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rotation = random_rotations(4000, generator)
+    spread = PoseSpread(torch.linspace(0.5, 1.5, 4000), torch.linspace(0.1, 0.3, 4000), torch.zeros(4000))
+    figure = pose_distribution(rotation, spread)
+    sphere, _, angle, shift = sorted(figure.axes, key=lambda axes: axes.get_position().x0)
+    density = np.asarray(sphere.collections[0].get_array()).reshape(61, 121)
+    weight = np.cos(np.linspace(-np.pi / 2, np.pi / 2, 61))[:, None] * np.ones(121)
+    assert np.average(density, weights=weight) == pytest.approx(1, abs=0.02)
+    assert 0.4 < density.min() < density.max() < 1.8
+    assert (angle.get_title(), shift.get_title()) == ("median 1", "median 0.2")
+    upright = torch.eye(3).expand(500, 3, 3)
+    top = np.asarray(pose_distribution(upright, spread).axes[0].collections[0].get_array()).reshape(61, 121)
+    assert top[-1].min() > 20 * top[30].max()
 
 
 def test_importing_the_plots_does_not_import_matplotlib() -> None:
