@@ -23,7 +23,8 @@ from pyro_cryo.physics.fourier import HalfPlane, resize, soft_disc
 from pyro_cryo.physics.rotations import random_rotations
 from pyro_cryo.physics.slices import fourier_grid, slope_grid
 from pyro_cryo.progress import Progress, quiet
-from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
+from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, mackay_tau
+from pyro_cryo.volumes.mask import density_envelope, find_mask
 
 BATCH = 256
 EXTENT = 3.5  # standard deviations of the shifts, that are searched
@@ -127,7 +128,7 @@ class PoseEM:
             modes[index] = mine
             evidence += gain.sum()
             sums.add(self._posed(batch, *mine.drawn(self.generator)))
-        return self._solved(sums), float(evidence) / len(rows)
+        return self._solved(sums, enveloped=True), float(evidence) / len(rows)
 
     def noise(self, box: int) -> Tensor:
         """sigma of images cropped to a box."""
@@ -151,16 +152,29 @@ class PoseEM:
         grid = fourier_grid(known.volume)
         return _Sums(known, grid, sigma, self.symmetry, empty, torch.zeros_like(sigma), torch.zeros_like(sigma))
 
-    def _solved(self, sums: _Sums) -> Solved:
-        """The posterior mean of the map, within the ball; sigma is what the images' poses left."""
-        box = sums.known.box
+    def _solved(self, sums: _Sums, enveloped: bool = False) -> Solved:
+        """The posterior mean of the map, within the ball; sigma is what the images' poses left.
+
+        enveloped: the map is solved for twice, the second time under a prior that expects density where the first has
+                   it: noise in the solvent is what poses would otherwise be fitted to
+        """
+        box, order = sums.known.box, len(self.symmetry)
         ball = soft_disc(box, self.support * box / 2, EDGE * box / 2, dims=3, device=self.device).clamp_min(FLOOR)
-        posterior = sums.equations.posterior(ball, order=len(self.symmetry))
-        posterior = posterior.with_tau(mackay_tau(posterior, posterior.mean(3e-2)))
-        variance = box * posterior.determined() / posterior.seen.clamp_min(1e-30) / len(self.symmetry)
+        posterior = _with_prior(sums.equations.posterior(ball, order=order))
+        volume = posterior.to_map(posterior.mean(1e-2))
+        if enveloped:
+            envelope = density_envelope(volume, find_mask(volume))
+            posterior = _with_prior(sums.equations.posterior(envelope, order=order, like=posterior))
+            volume = posterior.to_map(posterior.mean(1e-2))
+        variance = box * posterior.determined() / posterior.seen.clamp_min(1e-30) / order
         last = box // 2 + (1 if box == self.particles.box else 0)  # the shell of the corner is half empty
         self.sigma[:, 1:last] = sums.noise()[:, 1:last] * (self.particles.box / box)
-        return Solved(posterior.to_map(posterior.mean(1e-2)), variance)
+        return Solved(volume, variance)
+
+
+def _with_prior(posterior: VoxelPosterior) -> VoxelPosterior:
+    """With the variance a shell that its own mean speaks for."""
+    return posterior.with_tau(mackay_tau(posterior, posterior.mean(3e-2)))
 
 
 @dataclass(frozen=True)
