@@ -72,9 +72,10 @@ class CryoDRGN(CryoModel):
         return pyro.sample("z", dist.Normal(self.log_sigma.new_zeros(self.zdim), 1.0).to_event(1))
 
     def pose(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The known pose, seen as often from each of its symmetric equivalents."""
+        """The pose, seen as often from each of its symmetric equivalents."""
+        rotation, translation = super().pose(batch)
         element = torch.randint(len(self.symmetry), (len(batch),), device=self.symmetry.device)
-        return batch.rotation @ self.symmetry[element], batch.translation
+        return rotation @ self.symmetry[element], translation
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
         points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)

@@ -56,14 +56,21 @@ class Homogeneous(CryoModel):
 
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
         refuse_other_stories(self)
-        found = reconstruct(
+        self.take(self.solved(particles, torch.Generator().manual_seed(seed), progress))
+
+    def solved(self, particles: Particles, generator: torch.Generator, progress: Progress = quiet) -> Reconstruction:
+        """The posterior of the map at the particles' own poses."""
+        return reconstruct(
             particles,
             symmetry=self.symmetry,
             mask=chosen_mask(self.mask, self.box),
             device=self.tau.device,
-            generator=torch.Generator().manual_seed(seed),
+            generator=generator,
             progress=progress,
         )
+
+    def take(self, found: Reconstruction) -> None:
+        """Be what a reconstruction found."""
         self.volume.set(found.volume)
         self.scale.copy_(found.scale)
         self.tau.copy_(found.tau)

@@ -2,7 +2,7 @@
 
     V          = density()                         the map as a function of frequency and z; random in some models
     z_i        ~ latent()                          the shape of particle i
-    R_i, t_i   ~ pose(batch)                       where it lies
+    R_i, t_i   ~ pose(batch)                       where it lies: known, or from a prior of poses
     mean_i     = signal(V, z_i, R_i, t_i, batch)   ctf . shift . slice of V(z_i)
     image_i    ~ noise(mean_i, sigma_i)            one Fourier half-plane
 
@@ -27,6 +27,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.physics.fourier import HalfPlane, shift_phase
 from pyro_cryo.physics.slices import slice_coordinates
+from pyro_cryo.pose import KnownPose
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import noise_sd
 
@@ -38,6 +39,8 @@ pyro.settings.set(module_local_params=True)
 class CryoModel(nn.Module):
     """Image formation with a map `self.volume`, known poses and Gaussian noise with a variance for every shell.
 
+    `poses` is the prior of poses, a module of `pyro_cryo.pose`: assign another for poses that are not known.
+
     box:          D, pixels
     noise_groups: rows of sigma (`Particles.n_noise_groups`)
 
@@ -48,6 +51,7 @@ class CryoModel(nn.Module):
     epochs: int = 20  # passes over the data that a fit of this model takes by default
     arguments: dict[str, Any]  # what the model was built with: a saved run builds it again
     volume: nn.Module
+    poses: nn.Module
 
     def __new__(cls, *args: Any, **kwargs: Any) -> CryoModel:
         model = super().__new__(cls)
@@ -63,6 +67,7 @@ class CryoModel(nn.Module):
     def __init__(self, box: int, noise_groups: int = 1) -> None:
         super().__init__()
         self.box = box
+        self.poses = KnownPose()
         self.log_sigma = nn.Parameter(torch.zeros(noise_groups, HalfPlane.of(box).shells))
         self.beta = 1.0  # weight of log p(z) and log q(z); the fit's warm-up moves it, 1 is the ELBO
 
@@ -76,8 +81,8 @@ class CryoModel(nn.Module):
         return None
 
     def pose(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Rotations (B, 3, 3) and translations (B, 2) in pixels; here the known ones."""
-        return batch.rotation, batch.translation
+        """Rotations (B, 3, 3) and translations (B, 2) in pixels, from `poses`: the known ones, or sampled."""
+        return self.poses(batch)
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
         """Noise-free images (B, P, 2): contrast transfer, shift and central slice of V(z)."""
@@ -132,6 +137,11 @@ def refuse_other_stories(model: CryoModel) -> None:
                 f"{type(model).__name__} overrides {hook}, but {recipe.__name__} is solved for as it is, with known "
                 "poses and Gaussian noise; derive from CryoDRGN or CryoModel"
             )
+    if not isinstance(model.poses, KnownPose):
+        raise ValueError(
+            f"poses of {type(model).__name__} are {type(model.poses).__name__}, but {recipe.__name__} is solved for "
+            "with known poses; assign them after the fit, or use UncertainPose"
+        )
 
 
 def takes(kind: type[CryoModel]) -> list[str]:

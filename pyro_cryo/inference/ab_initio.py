@@ -21,7 +21,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved
 from pyro_cryo.inference.reconstruct import image_power, sample_rows
-from pyro_cryo.inference.search import Found, Level
+from pyro_cryo.inference.search import Level
 from pyro_cryo.physics.fourier import half_radius, soft_disc
 from pyro_cryo.physics.rotations import random_rotations
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
@@ -114,7 +114,7 @@ def _march(finest: float) -> list[float]:
 def _searched(em: PoseEM, rows: Tensor, known: Solved) -> tuple[Solved, PoseModes, float]:
     """Some images (n,) searched and climbed once: the next map, their modes, the mean log evidence."""
     known = known.on(_box(FINE, em.particles.box))
-    modes = _modes(em.search(rows, known, SEARCHED, PEAKS))
+    modes = em.search(rows, known, SEARCHED, PEAKS).modes
     known, evidence = em.climb(rows, modes, known, FINE, STEPS)
     return known, modes, evidence
 
@@ -168,11 +168,3 @@ def _random_map(em: PoseEM) -> Solved:
 def _box(kmax: float, most: int) -> int:
     """Of the maps whose poses are compared up to kmax."""
     return min(2 * (math.floor(kmax) + OVER), most)
-
-
-def _modes(found: Found) -> PoseModes:
-    """What was found, as where modes begin to climb: all alike."""
-    there = found.log_mass.isfinite()
-    weight = torch.zeros_like(found.log_mass).masked_fill(~there, -torch.inf).log_softmax(1)
-    precision = torch.eye(5).expand(*found.log_mass.shape, 5, 5).clone()
-    return PoseModes(found.rotation, found.translation, precision, weight)

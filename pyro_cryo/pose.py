@@ -1,0 +1,88 @@
+"""Where a particle lies, as a prior: known, about a consensus, or anywhere.
+
+    KnownPose   R_i, t_i as the table says; nothing is sampled
+    PoseAbout   R_i = exp([v]x) R0_i,  v ~ Normal(0, turn_sd^2),  t_i ~ Normal(t0_i, shift_sd^2)
+    AnyPose     R_i ~ Haar measure of SO(3),                      t_i ~ Normal(0, shift_sd^2)
+
+R0_i and t0_i are the table's consensus. A spread of shifts is in pixels of the model's box; the site `translation`, as
+a batch's translations, is in pixels of the image's own field of view: freq_scale times as many.
+
+    model = CryoDRGN(particles.box, zdim=4)
+    model.poses = PoseAbout(turn_sd_deg=3.0, shift_sd_px=1.0)  # and a guide that samples them: guides.pose_mixture
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.distributions.so3 import TangentNormal, UniformRotation
+
+
+class KnownPose(nn.Module):
+    """The batch's own poses."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rotations (B, 3, 3) and translations (B, 2) in pixels."""
+        return batch.rotation, batch.translation
+
+
+class PoseAbout(nn.Module):
+    """A Gaussian of turns and shifts about the batch's own poses; a solver may set its spreads.
+
+    turn_sd_deg: standard deviation of a turn about each axis; the buffer turn_sd () is in radians
+    shift_sd_px: standard deviation of a shift along each axis, pixels of the model's box; the buffer shift_sd ()
+    """
+
+    turn_sd: Tensor
+    shift_sd: Tensor
+
+    def __init__(self, turn_sd_deg: float = 5.0, shift_sd_px: float = 2.0) -> None:
+        super().__init__()
+        if not 0 < turn_sd_deg < math.inf:
+            raise ValueError(f"turn_sd_deg is {turn_sd_deg}; expected a positive number of degrees, or use AnyPose")
+        check_shift(shift_sd_px)
+        self.register_buffer("turn_sd", torch.tensor(math.radians(turn_sd_deg)))
+        self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sample `rotation` (B, 3, 3) and `translation` (B, 2)."""
+        spread = self.turn_sd * torch.eye(3, device=batch.rotation.device)
+        rotation = pyro.sample("rotation", TangentNormal(batch.rotation, spread))
+        return rotation, _shift_about(batch.translation, self.shift_sd, batch)
+
+
+class AnyPose(nn.Module):
+    """Every orientation alike, the particle near the box centre.
+
+    shift_sd_px: standard deviation of a shift along each axis, pixels of the model's box; the buffer shift_sd ()
+    """
+
+    shift_sd: Tensor
+
+    def __init__(self, shift_sd_px: float = 2.0) -> None:
+        super().__init__()
+        check_shift(shift_sd_px)
+        self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sample `rotation` (B, 3, 3) and `translation` (B, 2)."""
+        uniform = UniformRotation((len(batch),), dtype=batch.image.dtype, device=batch.image.device)
+        rotation = pyro.sample("rotation", uniform)
+        return rotation, _shift_about(torch.zeros_like(batch.translation), self.shift_sd, batch)
+
+
+def check_shift(shift_sd_px: float) -> None:
+    """Raise ValueError unless it is the spread of a shift."""
+    if not 0 < shift_sd_px < math.inf:
+        raise ValueError(f"shift_sd_px is {shift_sd_px}; expected a positive number of pixels")
+
+
+def _shift_about(centre: Tensor, shift_sd: Tensor, batch: Batch) -> Tensor:
+    own = (shift_sd * batch.freq_scale)[:, None]
+    return pyro.sample("translation", dist.Normal(centre, own).to_event(1))
