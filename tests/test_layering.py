@@ -1,4 +1,4 @@
-"""Imports run one way: physics, data and distributions, volumes, model, guides, inference, analysis, cli."""
+"""Imports run one way: physics, data and distributions, volumes, pose, model, guides, inference, analysis, cli."""
 
 import ast
 from pathlib import Path
@@ -17,8 +17,8 @@ LAYERS = {
     "pyro_cryo.physics": 1,
     "pyro_cryo.distributions": 2,
     "pyro_cryo.data": 2,
-    "pyro_cryo.pose": 3,
     "pyro_cryo.volumes": 3,
+    "pyro_cryo.pose": 4,
     "pyro_cryo.model": 4,
     "pyro_cryo.guides": 5,
     "pyro_cryo.inference": 6,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.distributions.so3 import TangentNormal
 from pyro_cryo.physics.fourier import shift_phase
 from pyro_cryo.physics.rotations import exp, log
 from pyro_cryo.physics.slices import GridPoints, slice_coordinates
@@ -124,6 +125,16 @@ class PosePrior:
         return replace(self, rotation=self.rotation.to(device), translation=self.translation.to(device))
 
     @property
+    def log_size(self) -> float:
+        """log of what a Gaussian's mass, exp(peak) / sqrt(det precision), is to be divided by for p(R) p(t).
+
+        Both densities then have the same 2 pi's, but for uniform rotations, of density 1 / (8 pi^2) a cubic radian.
+        """
+        uniform = math.log(8 * math.pi**2) - 1.5 * math.log(2 * math.pi)
+        turn = 3 * math.log(self.turn_sd) if math.isfinite(self.turn_sd) else uniform
+        return turn + 2 * math.log(self.shift_sd)
+
+    @property
     def precision(self) -> Tensor:
         """(5,)"""
         return torch.tensor([self.turn_sd**-2.0] * 3 + [self.shift_sd**-2.0] * 2, device=self.rotation.device)
@@ -135,6 +146,15 @@ class PosePrior:
         square = away.square() + torch.diagonal(torch.linalg.inv(modes.precision), dim1=2, dim2=3)
         mean = (modes.log_weight.exp()[..., None] * square).sum(1).mean(0)
         return replace(self, turn_sd=float(mean[:3].mean().sqrt()), shift_sd=float(mean[3:].mean().sqrt()))
+
+    def log_prob(self, rotation: Tensor, translation: Tensor) -> Tensor:
+        """Log density of poses (*draws, n, 3, 3), (*draws, n, 2), relative to normalised Haar measure and pixels."""
+        shift = (translation - self.translation) / self.shift_sd
+        result = -0.5 * shift.square().sum(-1) - 2 * math.log(self.shift_sd) - math.log(2 * math.pi)
+        if math.isfinite(self.turn_sd):
+            spread = self.turn_sd * torch.eye(3, device=rotation.device)
+            result = result + TangentNormal(self.rotation, spread, validate_args=False).log_prob(rotation)
+        return result
 
     def away(self, rotation: Tensor, translation: Tensor) -> Tensor:
         """Where poses lie from its centre: (n, 5)."""
@@ -226,9 +246,9 @@ def climbed(
 ) -> tuple[PoseModes, Tensor]:
     """The modes after some steps of Newton's method, damped (Levenberg and Marquardt); arguments as in `Landscape.at`.
 
-    Modes of less than a thousandth of an image's weight stay where they are, and lose it. Beside them log p(image) (B,)
-    less that of an empty image, the pose integrated out by Laplace's approximation; where turn_sd is infinite the
-    density of turns counts as 1 a cubic radian.
+    Modes of less than a thousandth of an image's weight stay where they are, and lose it; those that came to one peak
+    are one (`merged`), the heaviest comes first. Beside them log p(image) (B,) less that of an empty image, the pose
+    integrated out by Laplace's approximation at these modes.
     """
     image, mode = (modes.log_weight > math.log(LEAST_SHARE)).nonzero(as_tuple=True)
     some, own, their_px = batch[image], prior[image], px[image]
@@ -250,14 +270,15 @@ def climbed(
     result.precision[image, mode] = here.information
     mass = torch.full_like(modes.log_weight, -torch.inf)
     mass[image, mode] = here.value - 0.5 * torch.linalg.slogdet(here.information)[1]
-    spread = (prior.turn_sd if math.isfinite(prior.turn_sd) else (2 * math.pi) ** -0.5) ** 3 * prior.shift_sd**2
-    return replace(result, log_weight=mass.log_softmax(1)), mass.logsumexp(1) - math.log(spread)
+    result = merged(replace(result, log_weight=mass))
+    return replace(result, log_weight=result.log_weight.log_softmax(1)), result.log_weight.logsumexp(1) - prior.log_size
 
 
 def merged(modes: PoseModes) -> PoseModes:
     """Modes that climbed to one peak as one: those within a standard deviation of a heavier one are left out.
 
-    Their weight is not that one's, which counts the whole peak already.
+    Their weight is not that one's, which counts the whole peak already: weights need not be normalised, and those of
+    the modes that stay are as they were. The heaviest comes first.
     """
     order = modes.log_weight.argsort(1, descending=True)
     sorted_ = modes[torch.arange(len(order), device=order.device)[:, None], order]
@@ -268,9 +289,9 @@ def merged(modes: PoseModes) -> PoseModes:
         distance = torch.einsum("nki,nkij,nkj->nk", away, sorted_.precision[:, :j], away)
         same = (distance < 1) & weight[:, :j].isfinite()
         weight[:, j] = weight[:, j].masked_fill(same.any(1), -torch.inf)
-    return replace(sorted_, log_weight=weight.log_softmax(1))
+    return replace(sorted_, log_weight=weight)
 
 
 def moved(rotation: Tensor, translation: Tensor, away: Tensor) -> tuple[Tensor, Tensor]:
-    """Poses (n, 3, 3), (n, 2) moved by (v, t) (n, 5)."""
-    return exp(away[:, :3]) @ rotation, translation + away[:, 3:]
+    """Poses (*batch, 3, 3), (*batch, 2) moved by (v, t) (*batch, 5)."""
+    return exp(away[..., :3]) @ rotation, translation + away[..., 3:]

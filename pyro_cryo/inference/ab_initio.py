@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.poses import PoseModes, PosePrior
+from pyro_cryo.guides.poses import PosePrior
 from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, sample_rows
-from pyro_cryo.inference.search import Found, Level
+from pyro_cryo.inference.search import Level
 from pyro_cryo.inference.stages import Posed, Reached, Stage, through
 from pyro_cryo.physics.fourier import half_radius, soft_disc
 from pyro_cryo.physics.rotations import random_rotations
@@ -100,7 +100,7 @@ def _all_searched(em: PoseEM, reached: Reached | None) -> Reached:
 def _searched(em: PoseEM, rows: Tensor, known: Solved) -> Reached:
     """Some images (n,) searched and climbed once."""
     known = known.on(box_of(FINE, em.particles.box))
-    modes = _modes(em.search(rows, known, SEARCHED, PEAKS))
+    modes = em.search(rows, known, SEARCHED, PEAKS).modes
     known, evidence = em.climb(rows, modes, known, FINE, STEPS)
     return Reached(known, modes, evidence)
 
@@ -157,11 +157,3 @@ def _random_map(em: PoseEM) -> Solved:
     expected = (batch.ctf.square() * slices.abs().square()).mean()
     volume = volume * (0.25 * batch.image.square().sum(-1).mean() / expected).sqrt()
     return Solved(volume, torch.zeros(box // 2 + 1, device=em.device))
-
-
-def _modes(found: Found) -> PoseModes:
-    """What was found, as where modes begin to climb: all alike."""
-    there = found.log_mass.isfinite()
-    weight = torch.zeros_like(found.log_mass).masked_fill(~there, -torch.inf).log_softmax(1)
-    precision = torch.eye(5).expand(*found.log_mass.shape, 5, 5).clone()
-    return PoseModes(found.rotation, found.translation, precision, weight)

@@ -18,7 +18,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.inference.posing import find_poses, learn_spread
-from pyro_cryo.inference.run import Run, read_poses, write_poses
+from pyro_cryo.inference.run import Run, guide_of, read_poses, write_poses
 from pyro_cryo.inference.state import (
     CHECKPOINT,
     RECORD,
@@ -211,12 +211,7 @@ class _Loop:
         if saved is None:
             self.model.prepare(self.particles, settings.seed, self.progress)
             self.elapsed = time.monotonic() - began if not self.epochs else 0.0
-        self.run.guide = self.model.make_guide().to(settings.device)
-        if self.model.zdim and not hasattr(self.run.guide, "posterior"):
-            raise ValueError(
-                f"the guide of {type(self.model).__name__} says nothing of z; let make_guide return one with "
-                "posterior(batch), such as pyro_cryo.guides.encoder.ImageEncoder(self)"
-            )
+        self.run.guide = guide_of(self.model, self.run.poses).to(settings.device)
         self.elbo = ReparameterisedELBO()(self.model, self.run.guide)
         if self.epochs:
             self.optimiser, self.schedule = self._optimiser()

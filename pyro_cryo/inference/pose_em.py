@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import images_at_once
-from pyro_cryo.guides.poses import PoseModes, PosePrior, climbed, merged
+from pyro_cryo.guides.poses import PoseModes, PosePrior, climbed
 from pyro_cryo.inference.reconstruct import add_shells, left_of, noise_floor
 from pyro_cryo.inference.search import APART, Found, Level, Search
 from pyro_cryo.physics.fourier import HalfPlane, resize, soft_disc
@@ -124,7 +124,6 @@ class PoseEM:
             index, low = batch.index.cpu(), batch.band(count)
             prior, mine = self.prior[rows[index]].to(self.device), modes[index].to(self.device)
             mine, gain = climbed(low, slopes, sigma, mine, prior, self._px(batch), steps)
-            mine = merged(mine)
             modes[index] = mine
             evidence += gain.sum()
             sums.add(self._posed(batch, *mine.drawn(self.generator)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.pose_mixture import PosedGuide, PoseMixture
 from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_arrays
 from pyro_cryo.model import CryoModel
@@ -73,9 +74,10 @@ class Run:
         if particles is not None and particles.fingerprint() != record["particles"]["fingerprint"]:
             raise ValueError(f"{folder} is a fit of other particles; give the ones it was fitted to")
         model = (build_model(record) if model is None else model).to(device)
+        poses = read_poses(folder)
         try:
             model.load_state_dict(state["model"])
-            guide = model.make_guide().to(device)
+            guide = guide_of(model, poses).to(device)
             guide.load_state_dict(state["guide"])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
@@ -84,7 +86,7 @@ class Run:
                 "build the model as it was fitted"
             ) from error
         source = particles if particles is not None else partial(open_again, record, folder)
-        return Run(model, source, folder, guide, read_poses(folder), read_log(folder))
+        return Run(model, source, folder, guide, poses, read_log(folder))
 
     @cached_property
     def particles(self) -> Particles:
@@ -177,6 +179,17 @@ class Run:
             "pyroCryoShiftSdPx": spread.shift_px.numpy(),
             "pyroCryoPoseEntropy": spread.entropy.numpy(),
         }
+
+
+def guide_of(model: CryoModel, poses: PoseModes | None) -> nn.Module:
+    """The guide of a model; where its poses have posteriors, one that draws them and then guesses the rest."""
+    rest = model.make_guide()
+    if model.zdim and not hasattr(rest, "posterior"):
+        raise ValueError(
+            f"the guide of {type(model).__name__} says nothing of z; let make_guide return one with "
+            "posterior(batch), such as pyro_cryo.guides.encoder.ImageEncoder(self)"
+        )
+    return rest if poses is None else PosedGuide(PoseMixture(poses, enumerated=False), rest)
 
 
 def write_poses(folder: Path, poses: PoseModes) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
+from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.physics import rotation_grid, shift_grid
 from pyro_cryo.physics.fourier import HalfPlane, shift_phase
 from pyro_cryo.physics.rotations import angle_deg
@@ -58,6 +59,14 @@ class Found(Rows):
     log_mass: Tensor
     left_out: Tensor
     evidence: Tensor
+
+    @property
+    def modes(self) -> PoseModes:
+        """The peaks as where modes begin to climb: all alike."""
+        there = self.log_mass.isfinite()
+        weight = torch.zeros_like(self.log_mass).masked_fill(~there, -torch.inf).log_softmax(1)
+        precision = torch.eye(5, device=weight.device).expand(*weight.shape, 5, 5).clone()
+        return PoseModes(self.rotation, self.translation, precision, weight)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,157 @@
+"""Poses as sample sites: q(R, t | image) is the mixture of Gaussians that a table of modes holds for the image.
+
+    cell           ~ Categorical(softmax(log_weight))                 an auxiliary site: the model has none
+    rotation       ~ TangentNormal about the cell's mode              density relative to the normalised Haar measure
+    translation    ~ Normal given the turn v from the mode            v and t of one cell are correlated
+    overlap        a factor 1 / q(cell | rotation, translation)
+
+With the factor the guide's density is that of the mixture, sum_c q(c) q(R, t | c), whatever cell a pose was drawn from:
+an ELBO that lacks it exceeds the evidence by up to log K where components overlap. The proposals are the guide's
+alone; the model keeps p(R) p(t).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.distributions.so3 import TangentNormal
+from pyro_cryo.guides.poses import PoseModes
+from pyro_cryo.rows import Rows
+
+LEAST = -80.0  # log weight of modes that are not there: finite, and nothing in single precision
+
+
+@dataclass(frozen=True)
+class PoseGaussians(Rows):
+    """Gaussians (*batch,) of poses (v, t), R = exp([v]x) rotation: a turn, and a shift given the turn.
+
+    rotation (*batch, 3, 3), translation (*batch, 2): the modes
+    factor:  (*batch, 5, 5) lower triangular L with the covariance L L^T, radians and pixels
+    """
+
+    rotation: Tensor
+    translation: Tensor
+    factor: Tensor
+
+    @staticmethod
+    def about(modes: PoseModes, px: Tensor) -> PoseGaussians:
+        """The components (n, K) of modes, in pixels of which px (n,) make one of the modes'."""
+        # P = U U^T with U upper triangular gives the covariance L L^T, L = U^-T lower triangular: no inverse of P.
+        lower = torch.linalg.cholesky_ex(modes.precision.flip(-1, -2).double())[0]
+        eye = torch.eye(5, dtype=lower.dtype, device=lower.device)
+        factor = torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True).mT
+        unit = torch.cat([torch.ones_like(px)[:, None].expand(-1, 3), px[:, None].expand(-1, 2)], 1)
+        scaled = factor.to(modes.precision.dtype) * unit[:, None, :, None]
+        return PoseGaussians(modes.rotation, modes.translation * px[:, None, None], scaled)
+
+    @property
+    def turn(self) -> TangentNormal:
+        """The marginal of rotations."""
+        return TangentNormal(self.rotation, self.factor[..., :3, :3])
+
+    def shift(self, rotation: Tensor) -> dist.MultivariateNormal:
+        """Translations given rotations (*batch, 3, 3)."""
+        v = self.turn.tangent(rotation)[..., None]
+        white = torch.linalg.solve_triangular(self.factor[..., :3, :3], v, upper=False)
+        loc = self.translation + (self.factor[..., 3:, :3] @ white)[..., 0]
+        return dist.MultivariateNormal(loc, scale_tril=self.factor[..., 3:, 3:])
+
+    def log_prob(self, rotation: Tensor, translation: Tensor) -> Tensor:
+        """Log density of poses (*batch, 3, 3), (*batch, 2) relative to the normalised Haar measure and pixels."""
+        return self.turn.log_prob(rotation) + self.shift(rotation).log_prob(translation)
+
+
+def log_density(gaussians: PoseGaussians, log_weight: Tensor, rotation: Tensor, translation: Tensor) -> Tensor:
+    """Log of each component's share of a mixture's density at poses (*draws, n, 3, 3), (*draws, n, 2): (*draws, n, K).
+
+    gaussians (n, K), log_weight (n, K) normalised. Its logsumexp is the mixture's log density.
+    """
+    return log_weight + gaussians.log_prob(rotation[..., None, :, :], translation[..., None, :])
+
+
+class PoseMixture(nn.Module):
+    """Samples `rotation` and `translation` from the modes of each image; it has no parameters.
+
+    modes:      of N images, a row for every `batch.index`; translations in pixels of the model's box. They are read at
+                every batch, so that a solver may go on changing them in place. Where they lie on another device than
+                the batch, a read waits for it.
+    enumerated: TraceEnum_ELBO(max_plate_nesting=1) then sums over the cells, and the model sees poses (K, B, 3, 3);
+                where z depends on the pose (`PosedGuide`) a cell is drawn. Other ELBOs draw one anyway, which as the
+                weights are fixed needs no score function.
+    """
+
+    def __init__(self, modes: PoseModes, enumerated: bool = True) -> None:
+        super().__init__()
+        self._modes, self.enumerated = (modes,), enumerated
+
+    @property
+    def modes(self) -> PoseModes:
+        """The table."""
+        return self._modes[0]
+
+    def of(self, batch: Batch) -> tuple[PoseGaussians, Tensor]:
+        """The components (B, K) of a batch's images, translations as the batch has them, and log weights (B, K)."""
+        modes = self.modes[batch.index.to(self.modes.rotation.device)].to(batch.image.device)
+        weight = modes.log_weight.log_softmax(-1).clamp_min(LEAST)
+        return PoseGaussians.about(modes, batch.freq_scale), weight
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sample a pose of each image: rotation (B, 3, 3) and translation (B, 2), or (K, B, ...) where enumerated."""
+        every, log_weight = self.of(batch)
+        image = torch.arange(len(batch), device=batch.image.device)
+        how: Any = {"is_auxiliary": True, **({"enumerate": "parallel"} if self.enumerated else {})}
+        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1):
+            cell = pyro.sample("cell", dist.Categorical(logits=log_weight), infer=how)
+            own = every[image, cell]
+            rotation = pyro.sample("rotation", own.turn)
+            translation = pyro.sample("translation", own.shift(rotation))
+            shares = log_density(every, log_weight, rotation, translation).log_softmax(-1)
+            own_share = shares.gather(-1, cell.expand(shares.shape[:-1])[..., None])[..., 0]
+            pyro.factor("overlap", -own_share, has_rsample=True)
+        return rotation, translation
+
+
+class PosedGuide(nn.Module):
+    """q(pose | image) q(z | image, pose): a guide of z that looks at each image from the pose drawn for it.
+
+    poses: not enumerated: the guide of z sees one pose of each image
+    rest:  for example ExactGuide, which then gives p(z | image, pose)
+    draws: of poses, over which `posterior` takes the moments of z
+    """
+
+    def __init__(self, poses: PoseMixture, rest: nn.Module, draws: int = 8) -> None:
+        super().__init__()
+        if poses.enumerated:
+            raise ValueError("the poses are enumerated, but z is guessed at one pose; PoseMixture(enumerated=False)")
+        if draws < 1:
+            raise ValueError(f"draws is {draws}; expected at least 1")
+        self.poses, self.rest, self.draws = poses, rest, draws
+
+    def forward(self, batch: Batch) -> None:
+        """Sample `rotation`, `translation` and what the other guide samples."""
+        rotation, translation = self.poses(batch)
+        self.rest(replace(batch, rotation=rotation, translation=translation))
+
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean (B, zdim) and covariance (B, zdim, zdim) of z over draws of the pose: within them and between."""
+        means, within = [], []
+        for _ in range(self.draws):
+            rotation, translation = self.poses.modes[batch.index.to(self.poses.modes.rotation.device)].drawn()
+            posed = replace(
+                batch,
+                rotation=rotation.to(batch.image.device),
+                translation=translation.to(batch.image.device) * batch.freq_scale[:, None],
+            )
+            mean, covariance = self.rest.posterior(posed)  # type: ignore[operator]
+            means.append(mean)
+            within.append(covariance)
+        mean, covariance = torch.stack(means).mean(0), torch.stack(within).mean(0)
+        away = torch.stack(means) - mean
+        return mean, covariance + torch.einsum("sbi,sbj->bij", away, away) / self.draws
