@@ -63,9 +63,16 @@ class Batch:
 
     def band(self, count: int) -> Batch:
         """The lowest `count` coefficients of every image, a prefix since they are sorted by |k|."""
+        return self._part(slice(count))
+
+    def beyond(self, count: int) -> Batch:
+        """All but the lowest `count` coefficients of every image."""
+        return self._part(slice(count, None))
+
+    def _part(self, part: slice) -> Batch:
         half = replace(
             self.half,
-            **{name: getattr(self.half, name)[:count] for name in ("k", "shell", "index", "sign")},
+            **{name: getattr(self.half, name)[part] for name in ("k", "shell", "index", "sign")},
         )
-        noise_scale = None if self.noise_scale is None else self.noise_scale[:, :count]
-        return replace(self, half=half, image=self.image[:, :count], ctf=self.ctf[:, :count], noise_scale=noise_scale)
+        noise_scale = None if self.noise_scale is None else self.noise_scale[:, part]
+        return replace(self, half=half, image=self.image[:, part], ctf=self.ctf[:, part], noise_scale=noise_scale)

@@ -81,9 +81,7 @@ class Projected:
 
     def seen(self) -> Seen:
         """What the images say about the coefficients."""
-        columns = torch.view_as_real(self.slices).transpose(-1, -2).flatten(1, 2)
-        values = torch.view_as_real(self.image).flatten(1)
-        return Seen(columns.mT @ columns, (columns.mT @ values[..., None])[..., 0], self.empty)
+        return Seen.beside(self.slices, self.image, self.empty)
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,13 @@ class Seen(Rows):
     gram: Tensor
     projection: Tensor
     empty: Tensor
+
+    @staticmethod
+    def beside(slices: Tensor, image: Tensor, empty: Tensor) -> Seen:
+        """What images (B, P) say beside slices (B, P, C), both whitened."""
+        columns = torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
+        values = torch.view_as_real(image).flatten(1)
+        return Seen(columns.mT @ columns, (columns.mT @ values[..., None])[..., 0], empty)
 
     def first(self, rank: int) -> Seen:
         """Of the first map and `rank` others alone."""

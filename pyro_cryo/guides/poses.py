@@ -1,9 +1,7 @@
-"""Posteriors of poses: a mixture of Gaussians for every image, and the steps that find their modes.
+"""Posteriors and priors of poses: a mixture of Gaussians for every image.
 
 Near a pose (R_0, t_0) another is (v, t), R = exp([v]x) R_0: v a turn in radians about the view's axes, of which the
-third is the line of sight. The derivatives of a slice are slices of the map's gradient, so that Newton's method with
-the Gauss-Newton information climbs to the mode of an image's posterior in a few steps; this information is the
-precision of the Gaussian about it (Laplace's approximation).
+third is the line of sight.
 """
 
 from __future__ import annotations
@@ -14,19 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions.so3 import TangentNormal
-from pyro_cryo.physics.fourier import shift_phase
 from pyro_cryo.physics.rotations import exp, log
-from pyro_cryo.physics.slices import GridPoints, slice_coordinates
 from pyro_cryo.pose import AnyPose, PoseAbout
 from pyro_cryo.rows import Rows
-from pyro_cryo.volumes.conjugate import noise_sd
-
-LARGEST_TURN = 0.35  # radians, and pixels below: about what a step may be
-LARGEST_SHIFT_PX = 3.0
-LEAST_SHARE = 1e-3  # of a mixture, below which a mode is not climbed any more
 
 
 @dataclass(frozen=True)
@@ -174,104 +164,6 @@ def prior_of(poses: nn.Module, particles: Particles) -> PosePrior:
         )
     count = len(particles)
     return PosePrior(torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, float(poses.shift_sd))
-
-
-@dataclass(frozen=True)
-class Landscape(Rows):
-    """log p(image, pose) at a pose of each image, up to a constant of the image, with gradient and information.
-
-    value (B,), gradient (B, 5), information (B, 5, 5) in (v, t), t in pixels of the poses
-    """
-
-    value: Tensor
-    gradient: Tensor
-    information: Tensor
-
-    @staticmethod
-    def at(
-        batch: Batch, slopes: Tensor, sigma: Tensor, rotation: Tensor, translation: Tensor, prior: PosePrior, px: Tensor
-    ) -> Landscape:
-        """At poses (B, 3, 3), (B, 2) in a map.
-
-        slopes: `slices.slope_grid` of the map, on the box of the images
-        sigma:  (noise groups, shells) sd of the noise
-        px:     (B,) pixels of the batch's `translation` in a pixel of the poses
-        """
-        half, wave = batch.half, -2j * math.pi / batch.half.box
-        sd = noise_sd(batch, sigma)
-        factor = batch.ctf / sd
-        image = torch.view_as_complex(batch.image) / sd
-        image = image * shift_phase(half.k, translation * px[:, None], half.box).conj()
-        points = slice_coordinates(rotation, half.k, batch.freq_scale)
-        read = GridPoints.of(points, slopes.shape[0]).read(slopes).unflatten(0, factor.shape) * factor[..., None]
-        slice_, kx, ky = read[..., 0], half.k[:, 0], half.k[:, 1]
-        # The transform's gradient along the view's axes, as a point moves with the rotation: dk = (k x v) @ R.
-        along = torch.einsum("bpc,bic->bpi", wave * read[..., 1:], rotation.to(read.dtype))
-        along = along * batch.freq_scale[:, None, None]
-        shifted = wave * slice_ * px[:, None]
-        slope = torch.stack(
-            [
-                -ky * along[..., 2],
-                kx * along[..., 2],
-                ky * along[..., 0] - kx * along[..., 1],
-                kx * shifted,
-                ky * shifted,
-            ],
-            1,
-        )
-        columns = torch.view_as_real(slope).flatten(2)
-        left = torch.view_as_real(image - slice_).flatten(1)
-        gain = 0.5 * (torch.view_as_real(image).flatten(1).square().sum(1) - left.square().sum(1))
-        away, precision = prior.away(rotation, translation), prior.precision
-        return Landscape(
-            gain - 0.5 * (away.square() * precision).sum(1),
-            (columns @ left[..., None])[..., 0] - away * precision,
-            columns @ columns.mT + torch.diag(precision),
-        )
-
-    def where(self, better: Tensor, other: Landscape) -> Landscape:
-        """Its own values where `better` (B,), else the other's."""
-        pick = [better, better[:, None], better[:, None, None]]
-        return Landscape(*map(torch.where, pick, self.tensors, other.tensors))
-
-
-def climbed(
-    batch: Batch,
-    slopes: Tensor,
-    sigma: Tensor,
-    modes: PoseModes,
-    prior: PosePrior,
-    px: Tensor,
-    steps: int = 3,
-) -> tuple[PoseModes, Tensor]:
-    """The modes after some steps of Newton's method, damped (Levenberg and Marquardt); arguments as in `Landscape.at`.
-
-    Modes of less than a thousandth of an image's weight stay where they are, and lose it; those that came to one peak
-    are one (`merged`), the heaviest comes first. Beside them log p(image) (B,) less that of an empty image, the pose
-    integrated out by Laplace's approximation at these modes.
-    """
-    image, mode = (modes.log_weight > math.log(LEAST_SHARE)).nonzero(as_tuple=True)
-    some, own, their_px = batch[image], prior[image], px[image]
-    rotation, translation = modes.rotation[image, mode], modes.translation[image, mode]
-    here = Landscape.at(some, slopes, sigma, rotation, translation, own, their_px)
-    least = torch.diag(torch.tensor([LARGEST_TURN**-2.0] * 3 + [LARGEST_SHIFT_PX**-2.0] * 2, device=rotation.device))
-    damping = torch.full_like(here.value, 1e-2)
-    for _ in range(steps):
-        held = here.information + torch.diag_embed(damping[:, None] * here.information.diagonal(dim1=1, dim2=2)) + least
-        there = moved(rotation, translation, torch.linalg.solve(held, here.gradient))
-        tried = Landscape.at(some, slopes, sigma, *there, own, their_px)
-        better = tried.value >= here.value
-        here = tried.where(better, here)
-        rotation = torch.where(better[:, None, None], there[0], rotation)
-        translation = torch.where(better[:, None], there[1], translation)
-        damping = torch.where(better, 0.3 * damping, 10 * damping)
-    result = PoseModes(*(value.clone() for value in modes.tensors))
-    result.rotation[image, mode], result.translation[image, mode] = rotation, translation
-    result.precision[image, mode] = here.information
-    mass = torch.full_like(modes.log_weight, -torch.inf)
-    mass[image, mode] = here.value - 0.5 * torch.linalg.slogdet(here.information)[1]
-    result = merged(replace(result, log_weight=mass))
-    return replace(result, log_weight=result.log_weight.log_softmax(1)), result.log_weight.logsumexp(1) - prior.log_size
 
 
 def merged(modes: PoseModes) -> PoseModes:

@@ -16,7 +16,8 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import images_at_once
-from pyro_cryo.guides.poses import PoseModes, PosePrior, climbed
+from pyro_cryo.guides.landscape import OneMap, climbed
+from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.reconstruct import add_shells, left_of, noise_floor
 from pyro_cryo.inference.search import APART, Found, Level, Search
 from pyro_cryo.physics.fourier import HalfPlane, resize, soft_disc
@@ -116,14 +117,14 @@ class PoseEM:
 
         Beside it the mean log evidence of an image, less that of an empty one.
         """
-        slopes, sums, evidence = slope_grid(known.volume), self._sums(known), torch.zeros((), device=self.device)
+        sums, evidence = self._sums(known), torch.zeros((), device=self.device)
         count = HalfPlane.of(known.box).count(kmax)
         size = max(1, images_at_once(count, self.device) // modes.log_weight.shape[1])
-        sigma = self.noise(known.box)
+        likelihood = OneMap(slope_grid(known.volume), self.noise(known.box))
         for batch in self._batches(rows, known.box, size, f"poses at {known.box} px"):
             index, low = batch.index.cpu(), batch.band(count)
             prior, mine = self.prior[rows[index]].to(self.device), modes[index].to(self.device)
-            mine, gain = climbed(low, slopes, sigma, mine, prior, self._px(batch), steps)
+            mine, gain = climbed(low, likelihood, mine, prior, self._px(batch), steps)
             modes[index] = mine
             evidence += gain.sum()
             sums.add(self._posed(batch, *mine.drawn(self.generator)))

@@ -1,0 +1,126 @@
+"""What images say about their poses where the map is not one: a family of maps, or any model's images.
+
+With y the coefficients of an image in a basis of maps, E their posterior moments at a pose, the gradient of
+log p(image | pose), y integrated out, is that of log p(image | pose, y) averaged over the posterior of y, whatever its
+prior. In a basis that needs E[y] and E[y y'] alone. The information is that of the mean of y less what y explains of
+it: the Schur complement of y.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.guides.coefficients import Coefficients, Seen
+from pyro_cryo.guides.landscape import Landscape, OneMap, turned, whitened
+from pyro_cryo.model import CryoModel, noise_of
+from pyro_cryo.physics.rotations import exp
+from pyro_cryo.physics.slices import GridPoints, slice_coordinates
+
+STEP = 4e-3  # radians of a difference: an eighth of a cycle at 32 cycles a box
+EXPLAINED = 0.99  # at most, of a direction of the slices
+
+
+@dataclass(frozen=True)
+class Family:
+    """Maps that are linear in coefficients, up to the band of the basis; beyond it one map.
+
+    slopes:       (n, n, n / 2 + 1, 4 C) `slices.slope_grid` of C maps, channel by channel: V, x V, y V and z V of all
+    coefficients: their posterior, given what images say
+    sigma:        (noise groups, shells) sd of the noise
+    scale:        of the maps, to that of the images
+    count:        coefficients of an image within the basis' band
+    beyond:       the map that is seen beyond
+    """
+
+    slopes: Tensor
+    coefficients: Coefficients
+    sigma: Tensor
+    scale: float
+    count: int
+    beyond: OneMap
+
+    def at(self, batch: Batch, rotation: Tensor, translation: Tensor, px: Tensor) -> Landscape:
+        """As `PoseLikelihood` says, y integrated out."""
+        low, high = batch.band(self.count), batch.beyond(self.count)
+        within = self._within(low, rotation, translation, px)
+        return within if not len(high.half) else within + self.beyond.at(high, rotation, translation, px)
+
+    def _within(self, batch: Batch, rotation: Tensor, translation: Tensor, px: Tensor) -> Landscape:
+        wave, voxel = (-2j * math.pi / box for box in (batch.half.box, self.slopes.shape[0] // 2))
+        image, factor = whitened(batch, self.sigma, translation * px[:, None])
+        points = GridPoints.of(slice_coordinates(rotation, batch.half.k, batch.freq_scale), self.slopes.shape[0])
+        read = points.read(self.slopes).unflatten(0, factor.shape).unflatten(-1, (4, -1))
+        read = read * (self.scale * factor)[..., None, None]
+        slices = read[..., 0, :]
+        seen = Seen.beside(slices, image, torch.zeros_like(factor[:, 0]))
+        moments = self.coefficients.moments(seen)
+        weight = moments.y.to(read.dtype)
+
+        def by_pose(volume_axes: Tensor, shifted: Tensor) -> Tensor:
+            along = torch.einsum("bpc,bic->bpi", volume_axes, rotation.to(volume_axes.dtype))
+            return turned(along * batch.freq_scale[:, None, None], shifted * px[:, None], batch.half)
+
+        slope = by_pose(
+            wave * torch.einsum("bpac,bc->bpa", read[..., 1:, :], weight),
+            wave * torch.einsum("bpc,bc->bp", slices, weight),
+        )
+        columns = torch.view_as_real(slope.contiguous()).flatten(2)
+        left = image[..., None] * weight[:, None] - slices @ moments.yy.to(read.dtype)
+        gained = [(read[..., a, :].conj() * left).sum(-1) for a in range(4)]
+        by_axis = torch.stack([(voxel.conjugate() * gain).real for gain in gained[1:]], -1)
+        gradient = by_pose(by_axis, (wave.conjugate() * gained[0]).real).sum(-1)
+        basis = torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
+        cross = columns @ basis
+        covariance = moments.yy - moments.y[:, :, None] * moments.y[:, None]
+        information = columns @ columns.mT - _explained(cross, covariance, seen.gram)
+        return Landscape(moments.evidence, gradient, information)
+
+
+@dataclass(frozen=True)
+class Story:
+    """Any model's images, at the posterior mean of z that its guide has at a pose; slopes are differences.
+
+    model, guide: of a fit; the guide has `posterior`
+    """
+
+    model: CryoModel
+    guide: Any
+
+    def at(self, batch: Batch, rotation: Tensor, translation: Tensor, px: Tensor) -> Landscape:
+        """As `PoseLikelihood` says, z held at its mean."""
+        posed = replace(batch, rotation=rotation, translation=translation * px[:, None])
+        with torch.no_grad():
+            z = self.guide.posterior(posed)[0]
+            steps = STEP * torch.eye(3, device=rotation.device)
+            sd = noise_of(batch, self.model.sigma)
+            mean = self._image(posed, z) / sd
+            turns = [self._image(replace(posed, rotation=exp(step) @ rotation), z) / sd for step in steps]
+        slopes = [(turn - mean) / STEP for turn in turns]
+        wave = torch.view_as_real(-2j * math.pi / batch.half.box * torch.view_as_complex(mean.contiguous()))
+        slopes += [wave * batch.half.k[:, axis, None] * px[:, None, None] for axis in range(2)]
+        columns, image, expected = torch.stack(slopes, 1).flatten(2), (batch.image / sd).flatten(1), mean.flatten(1)
+        left = image - expected
+        value = 0.5 * (image.square().sum(1) - left.square().sum(1))
+        return Landscape(value, (columns @ left[..., None])[..., 0], columns @ columns.mT)
+
+    def _image(self, batch: Batch, z: Tensor) -> Tensor:
+        return self.model.signal(self.model.density(), z, batch.rotation, batch.translation, batch)
+
+
+def _explained(cross: Tensor, covariance: Tensor, gram: Tensor) -> Tensor:
+    """What y explains of the slopes: (B, 5, 5), from cross (B, 5, C) = slopes . slices.
+
+    It is cross covariance cross', were the covariance no more than what the images alone leave, 1 / gram; where the
+    posterior of y has several modes it is.
+    """
+    floor = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-12
+    root = torch.linalg.cholesky(gram + floor * torch.eye(gram.shape[1], device=gram.device))
+    share, turn = torch.linalg.eigh(root.mT @ covariance @ root)
+    part = turn.mT @ torch.linalg.solve_triangular(root, cross.mT, upper=False)
+    return part.mT @ (share.clamp(0, EXPLAINED)[..., None] * part)
