@@ -41,7 +41,7 @@ def observed(volume: Tensor, count: int, sigma: float, freq_scale: Tensor) -> Ba
         noise_group=torch.zeros(count, dtype=torch.long),
         freq_scale=freq_scale,
         particle=torch.arange(count),
-        particles=count,
+        shown=torch.arange(count),
         size=count,
     )
     points = slice_coordinates(blank.rotation, half.k, blank.freq_scale)

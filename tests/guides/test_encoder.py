@@ -57,7 +57,7 @@ def images(model: CryoDRGN, motion: Tensor, rotation: Tensor, translation: Tenso
         noise_group=torch.zeros(count, dtype=torch.long),
         freq_scale=torch.ones(count),
         particle=torch.arange(count),
-        particles=count,
+        shown=torch.arange(count),
         size=count,
     )
     seen = form_image(volume(slice_coordinates(rotation, half.k)), translation, batch)
