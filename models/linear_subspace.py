@@ -88,7 +88,8 @@ class LinearSubspace(CryoModel):
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
         points, count = slice_coordinates(rotation, batch.half.k, batch.freq_scale), self.volume.count
-        slices = torch.cat([density(points[..., :count, :], z), self.consensus(points[..., count:, :])], -2)
+        moving, still = density(points[..., :count, :], z), self.consensus(points[..., count:, :])
+        slices = torch.cat([moving, still.expand(*moving.shape[:-2], *still.shape[-2:])], -2)
         image = form_image(slices, translation, batch)
         if not self.coefficients.contrast_varies:
             return image
