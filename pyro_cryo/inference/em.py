@@ -96,12 +96,27 @@ class EM:
         first = not self._posterior
         score, self.mean, noise = self._expect(lambda moments: moments)
         self._maximise(score, self.mean)
+        if self.particles.n_particles < len(self.particles):  # of one image the prior of its contrast says more
+            self.mean = self._take_up(self.mean)
         self.coefficients.learn(self.mean)
         if not first:  # when the maps' variance was not yet known
             self.maps.sigma = noise
         evidence = float(self.mean.evidence)
         self.progress.note(f"log evidence {evidence:.2f}")
         return evidence
+
+    def _take_up(self, mean: Moments) -> Moments:
+        """Let the maps be as strong as the particles' mean contrast says, which then is 1; the moments from there.
+
+        Maps that their prior shrinks and contrasts that make up for it would drift apart without end, the faster the
+        more images tell a particle's contrast: the widths of both priors are learned, and the images see the product.
+        """
+        maps, level = self.maps, mean.a
+        assert maps.tau is not None
+        maps.values, maps.tau = maps.values * level, maps.tau * level
+        self.gram = self.gram * level.square()
+        y, yy = mean.y / level, mean.yy / level.square()
+        return replace(mean, y=y, yy=yy, a=mean.a / level, aa=mean.aa / level.square())
 
     def close(self) -> None:
         """End the progress bar, where no further pass is needed."""

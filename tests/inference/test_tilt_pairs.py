@@ -19,6 +19,7 @@ from pyro_cryo.analysis.latent import neighbour_r2
 from pyro_cryo.analysis.local import _Local
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
+from pyro_cryo.guides.coefficients import LinearCoefficients
 from pyro_cryo.inference.family import FamilySolver
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.reconstruct import reconstruct
@@ -149,6 +150,20 @@ def test_families_split_and_draw_whole_particles(pairs: tuple[Particles, Tensor]
     assert len(train) + len(held) == len(particles)
     drawn = solver.drawn(30)
     assert (drawn.n_particles, len(drawn)) == (30, 60)
+
+
+def test_contrasts_that_many_images_tell_are_learned(case: tuple[Particles, Tensor]) -> None:
+    """Their mean is the maps' own scale: it does not drift, however far a fit goes."""
+    some, _ = in_views(*case, 10)
+    contrast = 1 + 0.3 * torch.randn(some.n_particles, generator=torch.Generator().manual_seed(0))
+    contrast = contrast.clamp_min(0.2)
+    table = replace(some.table, sign=some.table.sign * contrast[some.particle])
+    run = fit(LinearSubspace(BOX, zdim=1), replace(some, table=table))
+    coefficients = run.model.coefficients
+    assert isinstance(coefficients, LinearCoefficients)
+    planted = float(contrast.std() / contrast.mean())
+    print(f"sd of contrasts: {planted:.3f} planted, {float(coefficients.contrast_sd):.3f} found")
+    assert float(coefficients.contrast_sd) == pytest.approx(planted, rel=0.15)
 
 
 @pytest.mark.slow
