@@ -235,7 +235,7 @@ class LinearCoefficients(Coefficients):
     def _contrast(
         self, eigenvalue: Tensor, image: Tensor, mean_map: Tensor, first: Tensor, square: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Nodes a (B, K) about the mode of each image's contrast and log weights (B, K), which add up to p(x)."""
+        """Nodes a (B, K) about the mode of each particle's contrast and log weights (B, K), which add up to p(x)."""
         sd = self.contrast_sd
 
         def log_joint(a: Tensor) -> Tensor:
