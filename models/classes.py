@@ -1,4 +1,4 @@
-"""Discrete classes: 3-D classification, each image of one of K maps. Poses are known."""
+"""Discrete classes: 3-D classification, each particle of one of K maps. Poses are known."""
 
 from __future__ import annotations
 

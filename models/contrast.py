@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.encoder import FrameEncoder
-from pyro_cryo.model import Density, noise_of
+from pyro_cryo.model import Density, counted, noise_of
 from pyro_cryo.models.cryodrgn import CryoDRGN
 
 
 class Contrast(CryoDRGN):
     """contrast_i ~ LogNormal(0, s), s learned; image_i ~ Normal(contrast_i ctf . shift . slice(V(z_i), R_i), sigma).
 
+    Of several images of a particle each has its own contrast: ice is thicker the farther it is tilted.
     Arguments as in CryoDRGN.
     """
 
@@ -27,7 +28,8 @@ class Contrast(CryoDRGN):
         self.log_s = nn.Parameter(torch.tensor(-1.5))
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
-        contrast = pyro.sample("contrast", dist.LogNormal(0.0, self.log_s.exp()).expand([len(batch)]))
+        each = dist.LogNormal(0.0, self.log_s.exp()).expand([len(batch)])
+        contrast = pyro.sample("contrast", counted(each, batch))
         return contrast[..., None, None] * super().signal(density, z, rotation, translation, batch)
 
     def make_guide(self) -> nn.Module:
@@ -55,7 +57,7 @@ class ContrastEncoder(FrameEncoder):
     def forward(self, batch: Batch) -> None:
         """Sample `contrast` and `z`."""
         loc, sd = self.moments(batch)
-        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1):
-            pyro.sample("contrast", self.contrast(batch))
+        with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1):
+            pyro.sample("contrast", counted(self.contrast(batch), batch))
             with poutine.scale(scale=self.model.beta):
                 pyro.sample("z", dist.Normal(loc, sd).to_event(1))

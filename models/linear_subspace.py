@@ -31,9 +31,11 @@ BEYOND = 1.2  # the molecule alone is seen farther, and priors by shell hold bac
 class LinearSubspace(CryoModel):
     """V(z) = V0 + sum_j z_j U_j, z ~ Normal(0, I); image_i ~ Normal(a_i ctf . shift . slice(V(z_i), R_i), sigma).
 
+    z_i and the contrast a_i are a particle's: the same in all its images.
+
     box:      D, pixels
     zdim:     components at most: those that the evidence does not pay for are dropped
-    contrast: sd of the images' contrast a about 1 to begin with, then learned; 0 holds every contrast at 1
+    contrast: sd of the particles' contrast a about 1 to begin with, then learned; 0 holds every contrast at 1
     kmax:     band limit of what moves, cycles a box (default: as far as the consensus shows anything)
     symmetry: point group of every map of the family
     mask:     "auto", "none" or the path of a map in 0 to 1, outside which next to nothing is expected
@@ -86,12 +88,13 @@ class LinearSubspace(CryoModel):
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
         points, count = slice_coordinates(rotation, batch.half.k, batch.freq_scale), self.volume.count
-        slices = torch.cat([density(points[..., :count, :], z), self.consensus(points[..., count:, :])], -2)
+        moving, still = density(points[..., :count, :], z), self.consensus(points[..., count:, :])
+        slices = torch.cat([moving, still.expand(*moving.shape[:-2], *still.shape[-2:])], -2)
         image = form_image(slices, translation, batch)
         if not self.coefficients.contrast_varies:
             return image
-        contrast = pyro.sample("contrast", dist.Normal(1.0, self.coefficients.contrast_sd).expand([len(batch)]))
-        return contrast[..., None, None] * image
+        contrast = pyro.sample("contrast", dist.Normal(1.0, self.coefficients.contrast_sd).expand([batch.particles]))
+        return batch.of_images(contrast, -1)[..., None, None] * image
 
     def make_guide(self) -> nn.Module:
         return ExactGuide(self, self.volume, self.coefficients)

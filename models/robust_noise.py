@@ -18,7 +18,7 @@ from pyro_cryo.models.cryodrgn import CryoDRGN
 
 
 class RobustNoise(CryoDRGN):
-    """image_i ~ Normal(mean_i, sigma / sqrt(u_i)), u_i ~ Gamma(df / 2, df / 2), df learned.
+    """image_i ~ Normal(mean_i, sigma / sqrt(u_i)), u_i ~ Gamma(df / 2, df / 2) an image's own, df learned.
 
     Arguments as in CryoDRGN. A run leaves weights.npz: index, weight (N,), the posterior mean of u given the image.
     """
@@ -41,6 +41,6 @@ class RobustNoise(CryoDRGN):
         with np.load(folder / "latent.npz") as file:
             z = torch.as_tensor(file["z"], device=self.log_df.device)
         with torch.no_grad():
-            found = [self.weight(b, z[b.index]).cpu() for b in particles.batches(64, device=z.device)]
+            found = [self.weight(b, z[b.of_images(b.shown)]).cpu() for b in particles.batches(64, device=z.device)]
         weight = torch.cat(found).numpy()
         write_arrays(folder / "weights.npz", index=np.arange(len(weight)), weight=weight)

@@ -16,7 +16,7 @@ from pyro_cryo.progress import Progress, quiet
 
 
 class Vamp(CryoDRGN):
-    """z ~ sum_k w_k q(z | u_k): u_k are learned inputs of the encoder, those of K images at first, w their weights.
+    """z ~ sum_k w_k q(z | u_k): u_k are learned inputs of the encoder, those of K particles at first, w their weights.
 
     inputs: K; other arguments as in CryoDRGN
     """
@@ -43,6 +43,7 @@ class Vamp(CryoDRGN):
     def prepare(self, particles: Particles, seed: int = 0, progress: Progress = quiet) -> None:
         super().prepare(particles, seed, progress)
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randint(len(particles), (len(self.inputs),), generator=generator)
-        batch = particles.batch(rows, self.inputs.device)
-        self.inputs.data.copy_(self.make_guide().to(self.inputs.device).features(batch))
+        drawn = torch.randint(particles.n_particles, (len(self.inputs),), generator=generator)
+        chosen, which = drawn.unique(return_inverse=True)
+        batch = particles.batch(particles.images_of(chosen), self.inputs.device)
+        self.inputs.data.copy_(self.make_guide().to(self.inputs.device).features(batch)[which.to(batch.index.device)])

@@ -6,6 +6,11 @@
     mean_i     = signal(V, z_i, R_i, t_i, batch)   ctf . shift . slice of V(z_i)
     image_i    ~ noise(mean_i, sigma_i)            one Fourier half-plane
 
+A particle that is seen in several images, a tilt pair or a series, has one z: `latent` samples it for n particles,
+`signal` is given that of each of B images. Everything stands in the plate of particles, so what a hook samples for each
+image on its own goes through `counted`, which adds its densities up by particle, as `image` does; where every particle
+has one image, n is B and `counted` changes nothing.
+
 A variant overrides a hook; whatever it samples goes under the names `z`, `rotation`, `translation`, `image`, `volume`.
 """
 
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.distributions.views import Views
 from pyro_cryo.physics.fourier import HalfPlane, shift_phase
 from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.pose import KnownPose
@@ -77,7 +83,7 @@ class CryoModel(nn.Module):
         return self.volume
 
     def latent(self) -> Tensor | None:
-        """Sample `z` for the particles of the plate: (B, zdim), or None where there is no latent coordinate."""
+        """Sample `z` for the particles of the plate: (n, zdim), or None where there is no latent coordinate."""
         return None
 
     def pose(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -85,7 +91,7 @@ class CryoModel(nn.Module):
         return self.poses(batch)
 
     def signal(self, density: Density, z: Tensor | None, rotation: Tensor, translation: Tensor, batch: Batch) -> Tensor:
-        """Noise-free images (B, P, 2): contrast transfer, shift and central slice of V(z)."""
+        """Noise-free images (B, P, 2): contrast transfer, shift and central slice of V(z), z (B, zdim)."""
         points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)
         return form_image(density(points, z), translation, batch)
 
@@ -97,13 +103,15 @@ class CryoModel(nn.Module):
     def forward(self, batch: Batch) -> None:
         """The Pyro model of a batch."""
         density = self.density()
-        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1):
+        with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1):
             with poutine.scale(scale=self.beta):
                 z = self.latent()
+            z = None if z is None else batch.of_images(z, -2)
             rotation, translation = self.pose(batch)
             mean = self.signal(density, z, rotation, translation, batch)
             likelihood = self.noise(mean, noise_of(batch, self.sigma))
-            pyro.sample("image", likelihood.to_event(2 - likelihood.event_dim), obs=batch.image)
+            likelihood = likelihood.to_event(2 - likelihood.event_dim)
+            pyro.sample("image", counted(likelihood, batch), obs=batch.image)
 
     @property
     def sigma(self) -> Tensor:
@@ -113,7 +121,7 @@ class CryoModel(nn.Module):
     def make_guide(self) -> nn.Module:
         """The variational family of the sites in the plate; without latent sites there is nothing to guess.
 
-        A guide of z also has posterior(batch) -> (mean (B, zdim), covariance (B, zdim, zdim)).
+        A guide of z also has posterior(batch) -> (mean (n, zdim), covariance (n, zdim, zdim)) of the batch's particles.
         """
         return NoGuide()
 
@@ -157,6 +165,11 @@ class NoGuide(nn.Module):
 
     def forward(self, batch: Batch) -> None:
         """Nothing to sample."""
+
+
+def counted(each: TorchDistributionMixin, batch: Batch) -> TorchDistributionMixin:
+    """What images have each on their own, of batch shape (*batch, B), as a site of the plate of particles."""
+    return Views(each, batch.particle, batch.particles) if batch.several else each
 
 
 def noise_of(batch: Batch, sigma: Tensor) -> Tensor:

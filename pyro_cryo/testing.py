@@ -29,18 +29,22 @@ BOX = 16
 COUNT = 64
 
 
-def check_model(factory: Callable[[int], CryoModel], device: str = "cpu", seed: int = 0) -> None:
+def check_model(factory: Callable[[int], CryoModel], device: str = "cpu", seed: int = 0, views: int = 1) -> None:
     """Raise AssertionError, saying what is wrong, unless the model of a box keeps the contract.
 
     z and image are sampled under these names, with finite densities; an image is the event, and its density does not
     depend on the others of its batch; a fit reaches every parameter and leaves maps; a saved run loads to the same
     numbers, by its class and arguments where a file or a module has the class. Takes seconds.
+
+    views: images that each particle has; with 2 the model is asked for one z a tilt pair
     """
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         particles = Particles.open(
             simulate(hinge(5), Path(folder) / "case", n_images=COUNT, box=BOX, snr=1.0, seed=seed)
         )
+        shown = torch.arange(COUNT) // views
+        particles = replace(particles, table=replace(particles.table, particle=shown))
         torch.manual_seed(seed)
         model = factory(particles.box)
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -75,27 +79,32 @@ def _check_sites(run: Run, batch: Batch) -> None:
             f"{name} is on {site['value'].device}, the images on {batch.image.device}; make what it needs a buffer"
         )
     shape = tuple(sites["image"]["log_prob"].shape)
-    assert shape == (len(batch),), f"log p(image) has shape {shape}, expected ({len(batch)},): one number an image"
+    assert shape == (batch.particles,), (
+        f"log p(image) has shape {shape}, expected ({batch.particles},): one number a particle, of all its images"
+    )
     if run.model.zdim:
         assert "z" in sites, f"zdim is {run.model.zdim}, but no site is called z"
         found = tuple(sites["z"]["value"].shape)
-        assert found == (len(batch), run.model.zdim), f"z is {found}, expected ({len(batch)}, {run.model.zdim})"
+        expected = (batch.particles, run.model.zdim)
+        assert found == expected, f"z is {found}, expected {expected}: one a particle"
         mean, covariance = run.guide.posterior(batch)  # type: ignore[union-attr, operator]
         assert mean.shape == found, f"the guide's posterior mean is {tuple(mean.shape)}, expected {found}"
         assert covariance.shape == (*found, found[1]), f"the guide's covariance is {tuple(covariance.shape)}"
 
 
 def _check_parts(run: Run, batch: Batch) -> None:
-    """Given one draw of what is latent, the log density of a batch is that of its images one by one, added up."""
+    """Given one draw of what is latent, the log density of a batch is that of its particles one by one, added up."""
 
-    def densities(rows: Tensor, drawn: dict[str, Any]) -> Tensor:
-        images = replace(batch[rows], index=torch.arange(len(rows), device=batch.index.device))
-        given = {name: value if name == "volume" else value[rows] for name, value in drawn.items()}
+    def densities(some: Tensor, drawn: dict[str, Any]) -> Tensor:
+        rows = torch.isin(batch.particle, some).nonzero().flatten()
+        images = replace(batch[rows], shown=torch.arange(len(some), device=some.device))
+        of = {batch.particles: some, len(batch): rows}
+        given = {name: value if name == "volume" else value[of[len(value)]] for name, value in drawn.items()}
         trace: Any = poutine.trace(poutine.condition(run.model, given)).get_trace(images)
         trace.compute_log_prob()
         return trace.nodes["image"]["log_prob"]
 
-    every = torch.arange(len(batch), device=batch.index.device)
+    every = torch.arange(batch.particles, device=batch.index.device)
     with torch.no_grad():
         guide: Any = poutine.trace(run.guide).get_trace(batch)  # type: ignore[arg-type, call-arg]
         values = {name: guide.nodes[name]["value"] for name in guide.stochastic_nodes}
@@ -105,7 +114,7 @@ def _check_parts(run: Run, batch: Batch) -> None:
             run.model.symmetry = symmetry[:1]  # of equivalent views one is drawn at random
         whole = densities(every, drawn)
         parts = torch.cat([densities(every[:1], drawn), densities(every[1:], drawn)])
-    assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-2), "an image's density depends on the others of its batch"
+    assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-2), "a particle's density depends on the others of its batch"
     loss = ReparameterisedELBO()(run.model, run.guide)(batch)  # type: ignore[arg-type]
     assert bool(torch.isfinite(loss)), "the ELBO is not finite"
 

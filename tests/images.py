@@ -41,7 +41,7 @@ def observed(volume: Tensor, count: int, sigma: float, freq_scale: Tensor) -> Ba
         noise_group=torch.zeros(count, dtype=torch.long),
         freq_scale=freq_scale,
         particle=torch.arange(count),
-        particles=count,
+        shown=torch.arange(count),
         size=count,
     )
     points = slice_coordinates(blank.rotation, half.k, blank.freq_scale)
@@ -55,3 +55,22 @@ def hinge_images(folder: Path, states: int, count: int, box: int, snr: float, fi
     apix = 2 * source.radius_angstrom / (fill * box)
     source = dataclasses.replace(source, sigma_angstrom=1.3 * apix)
     return Particles.open(simulate(source, folder, n_images=count, box=box, apix=apix, snr=snr))
+
+
+def in_views(particles: Particles, state: Tensor, views: int = 2) -> tuple[Particles, Tensor]:
+    """The images with `views` of one state (N,) for those of one particle, and the state of each particle (n,)."""
+    order = state.argsort(stable=True)
+    count = state.bincount()
+    first = count.cumsum(0) - count
+    within = torch.arange(len(state)) - first[state[order]]
+    kept = order[within < count[state[order]] // views * views]
+    table = particles.table[kept]
+    table = dataclasses.replace(table, particle=torch.arange(len(kept)) // views)
+    return dataclasses.replace(particles, table=table), state[kept][::views]
+
+
+def seen_together(batch: Batch, particle: list[int]) -> Batch:
+    """The same images, as those of some particles (B,), numbered from 0 as they appear."""
+    count = max(particle) + 1
+    number = torch.tensor(particle)
+    return dataclasses.replace(batch, particle=number, shown=torch.arange(count), size=count)

@@ -63,7 +63,7 @@ RUNS: dict[str, tuple[Kind, str]] = {
         )[1],
         "the particles have changed since the fit",
     ),
-    "image beyond": (lambda d: ("volumes", d.moving, "--index", 0, 600, "-o", d.out), "image 600 is not there"),
+    "image beyond": (lambda d: ("volumes", d.moving, "--index", 0, 600, "-o", d.out), "particle 600 is not there"),
     "negative image": (lambda d: ("volumes", d.moving, "--index", -1, "-o", d.out), "-1"),
     "which maps": (lambda d: ("volumes", d.moving, "-o", d.out), "which maps? give --index"),
     "two choices of maps": (lambda d: ("volumes", d.moving, "--index", 0, "--kmeans", 2, "-o", d.out), "--kmeans"),

@@ -204,7 +204,7 @@ def series(folder: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def test_volumes_at_images(cryodrgn_run: Path, tmp_path: Path, command: Command) -> None:
+def test_volumes_at_particles(cryodrgn_run: Path, tmp_path: Path, command: Command) -> None:
     assert command("volumes", cryodrgn_run, "--index", 0, 100, 5, "-o", tmp_path / "out") == 0
     found, run = series(tmp_path / "out"), Run.load(cryodrgn_run)
     assert set(found) == {"index", "z", "volumes"}

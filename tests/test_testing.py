@@ -33,6 +33,12 @@ def test_every_recipe_keeps_the_contract(name: str, device: str) -> None:
     check_model(factory(load_class(name)), device)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_keeps_it_with_two_images_a_particle(name: str, device: str) -> None:
+    check_model(factory(load_class(name)), device, views=2)
+
+
 class Idle(CryoDRGN):
     """Has a parameter that nothing uses."""
 

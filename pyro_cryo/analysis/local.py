@@ -38,7 +38,7 @@ from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
 from pyro_cryo.volumes.mask import density_envelope, find_mask
 
 BANDWIDTHS = 6
-FEWEST, MOST = 50, 0.5  # images that count at the narrowest bandwidth, and share of all that do at the widest
+FEWEST, MOST = 50, 0.5  # particles that count at the narrowest bandwidth, and share of all that do at the widest
 SCORED = 2  # the bandwidth, from the narrowest, whose weights images have as judges
 LEAST_WEIGHT = 1e-2  # of the largest: images of less are left out
 FAMILY = 24  # maps that tell where the family moves
@@ -53,7 +53,7 @@ class LocalMaps:
 
     volumes:   (n, D, D, D)
     bandwidth: (n, H) h, in posterior standard deviations of z
-    images:    (n, H) how many images count at each, (sum w)^2 / sum w^2
+    images:    (n, H) how many particles count at each, (sum w)^2 / sum w^2
     choice:    (n, D / 2 + 1) the bandwidth of each shell, -1 where the model's own map stands
     """
 
@@ -102,7 +102,7 @@ def local_estimates(run: Run, z: Tensor | np.ndarray, batch_size: int = 256, pro
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Posteriors of z of N images, in the metric S^-1, S their mean covariance.
+    """Posteriors of z of N particles, in the metric S^-1, S their mean covariance.
 
     root:           (r, r) root' root = S^-1: what follows is of root z
     mean:           (N, r)
@@ -137,7 +137,7 @@ class Neighbours:
         return (log_weight - log_weight.amax(1, keepdim=True)).exp()
 
     def kernels(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (H, N) and bandwidths (H,) at which geometrically more images count: from few to half of them.
+        """Weights (H, N) and bandwidths (H,) at which geometrically more particles count: from few to half of them.
 
         Where posteriors are wide, even a kernel of no width has many.
         """
@@ -155,7 +155,7 @@ class Neighbours:
 
 
 def effective(weight: Tensor) -> Tensor:
-    """How many images weights (*batch, N) amount to: (*batch,)."""
+    """How many particles weights (*batch, N) amount to: (*batch,)."""
     return weight.sum(-1).square() / weight.square().sum(-1)
 
 
@@ -177,7 +177,10 @@ class _Local:
         rotation, translation = self.run.model.pose(batch)
         guide: Any = poutine.trace(self.run.guide).get_trace(batch)  # type: ignore[arg-type, call-arg]
         site = guide.nodes.get("contrast")
-        ctf = batch.ctf if site is None else batch.ctf * site["fn"].mean[:, None]
+        ctf = batch.ctf
+        if site is not None:
+            contrast = site["fn"].mean
+            ctf = ctf * (contrast if len(contrast) == len(batch) else batch.of_images(contrast))[:, None]
         return replace(batch, rotation=rotation, translation=translation, ctf=ctf)
 
     def add_up(self, maps: Tensor, weights: list[Tensor]) -> list[list[Halves]]:
@@ -189,7 +192,7 @@ class _Local:
         for batch in run.particles.batches(self.batch_size, device=run.device):
             known, first = self.known(batch), self.first[batch.index]
             for grid, weight, by_bandwidth in zip(grids, weights, sums, strict=True):
-                weight = weight[:, batch.index]
+                weight = weight[:, batch.of_images(batch.shown)]
                 beyond = residual(known, grid)
                 for one, halves in zip(weight, by_bandwidth, strict=True):
                     for equations, mine in zip(halves, (first, ~first), strict=True):
@@ -215,19 +218,20 @@ class _Local:
     def gains(self, volume: Tensor, halves: list[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """What each correction (2 x (H, D, D, D)) adds to the log likelihood of images of the other half.
 
-        Of the images that weigh something (N,): gain (n, H, L) by shell, weight (n,).
+        Of the particles that weigh something (N,), all images of each: gain (n, H, L) by shell, weight (n,).
         """
-        rows = (weight > LEAST_WEIGHT).nonzero().flatten()
+        some = (weight > LEAST_WEIGHT).nonzero().flatten()
+        rows = self.run.particles.images_of(some.cpu())
         own, other = fourier_grid(volume), [fourier_grid(half) for half in reversed(halves)]
         parts = []
-        for batch in self.run.particles[rows.cpu()].batches(self.batch_size, device=self.run.device):
-            beyond, first = residual(self.known(batch), own), self.first[rows[batch.index]]
+        for batch in self.run.particles[rows].batches(self.batch_size, device=self.run.device):
+            beyond, first = residual(self.known(batch), own), self.first[rows.to(batch.index.device)[batch.index]]
             gain = torch.zeros(len(batch), len(halves[0]), batch.half.shells, device=volume.device)
             for grid, mine in zip(other, (first, ~first), strict=True):
                 if bool(mine.any()):
                     gain[mine] = added(beyond[mine], grid, self.sigma)
-            parts.append(gain)
-        return torch.cat(parts), weight[rows]
+            parts.append(batch.by_particle(gain))
+        return torch.cat(parts), weight[some]
 
 
 def residual(batch: Batch, grid: Tensor) -> Batch:

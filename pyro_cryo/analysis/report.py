@@ -18,7 +18,7 @@ from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_atomically
 from pyro_cryo.progress import Progress, quiet
 
-CLUSTERS = "clusters.txt"  # a row an image: its number and its cluster
+CLUSTERS = "clusters.txt"  # a row a particle: its number and its cluster
 MAPS = ("map", "sd", "half1", "half2", "mask")
 MOST = 100  # maps in one picture
 
@@ -103,7 +103,7 @@ def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: 
         title = f"along component {component}, {100 * parts.explained[component - 1]:.0f}% of the variance of z"
         labels = [f"{i + 1}" for i in range(steps)]
         pictures.append(_picture(out / f"pc{component}", apix, labels, out / f"pc{component}.png", title))
-    np.savetxt(out / CLUSTERS, np.column_stack([run.latent.index, found.label]), fmt="%d", header="image cluster")
+    np.savetxt(out / CLUSTERS, np.column_stack([run.latent.index, found.label]), fmt="%d", header="particle cluster")
     return pictures
 
 

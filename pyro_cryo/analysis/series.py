@@ -22,12 +22,12 @@ VOLUMES = "volumes.npz"
 LEVEL_MAPS = 10  # so many maps of a series give its contour level
 
 
-def at_images(run: Run, index: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """z at the posterior means of these images: index (n,), z (n, zdim)."""
+def at_particles(run: Run, index: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """z at the posterior means of these particles: index (n,), z (n, zdim)."""
     count = len(run.latent.z)
     beyond = [i for i in index if not 0 <= i < count]
     if beyond:
-        raise ValueError(f"image {beyond[0]} is not there; the run has images 0 to {count - 1}")
+        raise ValueError(f"particle {beyond[0]} is not there; the run has particles 0 to {count - 1}")
     return np.array(index), run.latent.z[index]
 
 
@@ -38,23 +38,23 @@ def at_clusters(run: Run, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def at_peaks(run: Run, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """z of the images nearest to the highest peaks of the density of z; warns where it has fewer than `count`."""
+    """z of the particles nearest to the highest peaks of the density of z; warns where it has fewer than `count`."""
     if count < 1:
         raise ValueError(f"{count} peaks; give 1 or more")
-    image = density_peaks(run.latent.z, seed).nearest[:count]
-    if len(image) < count:
-        found = f"{len(image)} peak{'s' if len(image) > 1 else ''}"
+    particle = density_peaks(run.latent.z, seed).nearest[:count]
+    if len(particle) < count:
+        found = f"{len(particle)} peak{'s' if len(particle) > 1 else ''}"
         warnings.warn(f"the density of z has {found}, not {count}; so many maps are made", UserWarning, stacklevel=2)
-    return image, run.latent.z[image]
+    return particle, run.latent.z[particle]
 
 
 def along_component(run: Run, component: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """z of the images nearest to the path along a principal component (from 1), 5th to 95th percentile of its scores.
+    """z of the particles nearest to the path along a principal component (from 1), 5th to 95th percentile of scores.
 
     The path itself may leave the particles where their curve folds back: between its branches is nothing to be seen.
     """
-    image = nearest(run.latent.z, principal_path(run.latent.z, component, steps))
-    return image, run.latent.z[image]
+    particle = nearest(run.latent.z, principal_path(run.latent.z, component, steps))
+    return particle, run.latent.z[particle]
 
 
 def from_file(path: Path, zdim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -44,4 +44,4 @@ def run(asked: argparse.Namespace) -> None:
     treated = {name: record[name] for name in ("invert", "normalize", "window") if name in record}
     particles = open_particles(asked, box=fitted.model.box, **treated)
     fitted.encode(particles, progress=progress_of(asked)).write(asked.out)
-    print(f"z of {len(particles)} images is in {asked.out}")
+    print(f"z of {particles.n_particles} particles is in {asked.out}")

@@ -19,11 +19,13 @@ def add_to(commands: Any) -> None:
     add("run", type=Path, help="folder of a run")
     add("-o", "--out", type=Path, required=True, help="folder for the maps")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--index", type=int, nargs="+", metavar="I", help="at the posterior means of z of these images")
-    where.add_argument("--kmeans", type=int, metavar="K", help="at the images nearest to K cluster centres")
-    where.add_argument("--peaks", type=int, metavar="N", help="at the images nearest to the N highest peaks of z")
+    where.add_argument(
+        "--index", type=int, nargs="+", metavar="I", help="at the posterior means of z of these particles"
+    )
+    where.add_argument("--kmeans", type=int, metavar="K", help="at the particles nearest to K cluster centres")
+    where.add_argument("--peaks", type=int, metavar="N", help="at the particles nearest to the N highest peaks of z")
     where.add_argument("--z-values", type=Path, metavar="FILE", help="at the rows of a text file or .npy")
-    where.add_argument("--path-along", type=int, metavar="PC", help="images along a principal component of z, from 1")
+    where.add_argument("--path-along", type=int, metavar="PC", help="along a principal component of z, from 1")
     add("--steps", type=int, default=10, help="maps along --path-along")
     add(
         "--local",
@@ -74,7 +76,7 @@ def _points(asked: argparse.Namespace, found: Any) -> tuple[Any, Any]:
     from pyro_cryo.analysis import series
 
     if asked.index is not None:
-        return series.at_images(found, asked.index)
+        return series.at_particles(found, asked.index)
     if asked.kmeans is not None:
         return series.at_clusters(found, asked.kmeans)
     if asked.peaks is not None:

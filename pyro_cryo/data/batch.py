@@ -24,9 +24,10 @@ class Batch:
                  on D pixels: k counts cycles of that field
     noise_group: (B,) long, row of sigma
     freq_scale:  (B,) (D apix) of the model over (D apix) of the image: factor of the slice's coordinates
-    particle:    (B,) long, which of the batch's particles each image shows, from 0
-    particles:   how many these are: B, or fewer where a particle has several images
-    size:        how many images the batch stands for: N in a fit, B elsewhere; scales the likelihood by size / B
+    particle:    (B,) long, which of the batch's n particles each image shows, from 0 in the order they appear in
+    shown:       (n,) long, number of each of these particles in the Particles: `index` where each has one image
+    size:        how many particles the batch stands for: all of them in a fit, n elsewhere; what is said of the batch's
+                 particles, images and all, is scaled by size / n
     """
 
     half: HalfPlane
@@ -39,20 +40,59 @@ class Batch:
     noise_group: Tensor
     freq_scale: Tensor
     particle: Tensor
-    particles: int
+    shown: Tensor
     size: int
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        """Some of the images: rows (B,) bool or (n,) long."""
+        """Some of the images: rows (B,) bool or (m,) long."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked["shown"] = self.of_images(self.shown)
         picked = {k: v[rows] if isinstance(v, Tensor) else v for k, v in picked.items()}
-        return Batch(**{**picked, "size": len(picked["index"])})
+        if self.several:
+            picked["particle"], first = numbered(picked["particle"])
+            picked["shown"] = picked["shown"][first]
+        else:  # without a look at the device
+            picked["particle"] = torch.arange(len(picked["index"]), device=self.index.device)
+        return Batch(**{**picked, "size": len(picked["shown"])})
+
+    @property
+    def particles(self) -> int:
+        """n: B, or fewer where a particle has several images."""
+        return len(self.shown)
+
+    @property
+    def several(self) -> bool:
+        """Whether any particle has several images here."""
+        return len(self.shown) < len(self.index)
+
+    def of_images(self, values: Tensor, dim: int = 0) -> Tensor:
+        """What each particle has, n or 1 along `dim`, as what each image has: B along it."""
+        if not self.several:
+            return values
+        if values.shape[dim] == 1:  # enumerated, or the same for all
+            shape = list(values.shape)
+            shape[dim] = len(self)
+            return values.expand(shape)
+        return values.index_select(dim, self.particle)
+
+    def by_particle(self, values: Tensor, dim: int = 0) -> Tensor:
+        """What images have, B along `dim`, summed over the images of each particle: n along it."""
+        if not self.several:
+            return values
+        shape = list(values.shape)
+        shape[dim] = self.particles
+        return values.new_zeros(shape).index_add_(dim, self.particle, values)
+
+    @property
+    def views(self) -> Tensor:
+        """(n,) how many images each particle has."""
+        return self.by_particle(torch.ones_like(self.freq_scale))
 
     def standing_for(self, size: int) -> Batch:
-        """The same images, counted as a sample of `size`."""
+        """The same images, their particles counted as a sample of `size`."""
         return replace(self, size=size)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -76,3 +116,12 @@ class Batch:
         )
         noise_scale = None if self.noise_scale is None else self.noise_scale[:, part]
         return replace(self, half=half, image=self.image[:, part], ctf=self.ctf[:, part], noise_scale=noise_scale)
+
+
+def numbered(name: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal numbers (B,) as equal numbers 0, 1, ... in the order in which they first appear, and where that is (n,)."""
+    different, number = name.unique(return_inverse=True)
+    here = torch.arange(len(name), device=name.device)
+    first = torch.full_like(different, len(name)).scatter_reduce(0, number, here, "amin")
+    order = first.argsort()
+    return order.argsort()[number], first[order]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.batch import Batch, numbered
 from pyro_cryo.data.open import opened
 from pyro_cryo.data.order import Order
 from pyro_cryo.data.pixels import Pixels, chunks
@@ -223,7 +223,7 @@ class Particles:
         return torch.tensor([group.premultiplied for group in self.table.groups])[self.table.group]
 
     def batch(self, rows: slice | Tensor | np.ndarray | list[int], device: torch.device | str = "cpu") -> Batch:
-        """The images of these rows with all that is known about them, on `device`; `size` is their number."""
+        """The images of these rows with all that is known about them, on `device`; `size` counts their particles."""
         index = torch.arange(len(self))[torch.as_tensor(rows) if not isinstance(rows, slice) else rows]
         return self._batch(index, self._read(index, pin=torch.device(device).type == "cuda"), device)
 
@@ -244,18 +244,18 @@ class Particles:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         size = self._image_bytes * len(self) // max(1, self.n_particles)
-        order = Order.of(self.n_particles, size, self._particles_of(batch_size), generator)
+        order = Order.of(self.n_particles, size, self.particles_of(batch_size), generator)
         pin = torch.device(device).type == "cuda"
         for shown, pixels in order.batches(lambda shown: self._read(self.images_of(shown), pin), start):
             yield self._batch(self.images_of(shown), pixels, device)
 
     def n_batches(self, batch_size: int) -> int:
         """How many `batches` a pass has."""
-        return -(-self.n_particles // self._particles_of(batch_size))
+        return -(-self.n_particles // self.particles_of(batch_size))
 
-    def _particles_of(self, batch_size: int) -> int:
+    def particles_of(self, images: int) -> int:
         """How many particles have about so many images, at least one."""
-        return max(1, batch_size * self.n_particles // max(1, len(self)))
+        return max(1, images * self.n_particles // max(1, len(self)))
 
     def images_of(self, particle: Tensor) -> Tensor:
         """Rows of all images of some particles (n,), particle by particle."""
@@ -299,14 +299,15 @@ class Particles:
     def _batch(self, rows: Tensor, pixels: Pixels, device: torch.device | str) -> Batch:
         half = HalfPlane.of(self.box, device)
         numbers = self._sent(self._numbers[rows], device)
-        shown, particle = self.particle[rows].unique(return_inverse=True)
-        integers = [rows, self.table.group[rows], particle, self._premultiplied[rows].long()]
+        shown = self.particle[rows]
+        particle, first = numbered(shown)
+        integers = [rows, self.table.group[rows], self._premultiplied[rows].long(), particle, shown]
         whole = self._sent(torch.stack(integers, -1), device)
         freq_scale, factor, exposure = numbers[:, 20:].unbind(-1)
         ctf = self._ctf_of(numbers[:, :9], freq_scale, exposure, half)
         noise_scale = None
         if bool(self._premultiplied.any()):
-            squared = whole[:, 3:].bool()
+            squared = whole[:, 2:3].bool()
             noise_scale = torch.where(squared, ctf.abs().clamp_min(LEAST_NOISE), 1.0)
             ctf = torch.where(squared, ctf.square(), ctf)
         return Batch(
@@ -319,9 +320,9 @@ class Particles:
             translation=numbers[:, 18:20],
             noise_group=whole[:, 1],
             freq_scale=freq_scale,
-            particle=whole[:, 2],
-            particles=len(shown),
-            size=len(rows),
+            particle=whole[:, 3],
+            shown=whole[:, 4] if len(first) == len(rows) else self._sent(shown[first], device),
+            size=len(first),
         )
 
     def _sent(self, values: Tensor, device: torch.device | str) -> Tensor:
@@ -356,6 +357,8 @@ class Particles:
         for values in (*fields, self.table.rotation, self.table.shift_px, self.table.sign, self.table.exposure):
             digest.update(b"none" if values is None else values.contiguous().numpy().tobytes())
         digest.update(self.table.group.numpy().tobytes() + self.half_set.numpy().tobytes())
+        if self.n_particles < len(self):
+            digest.update(self.particle.numpy().tobytes())
         return digest.hexdigest()
 
     def write_star(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_cryo.data.batch import numbered
 from pyro_cryo.physics.ctf import CTF
 from pyro_cryo.physics.rotations import orthogonality_error
 
@@ -95,7 +96,7 @@ class Table:
             ctf=None if self.ctf is None else self.ctf[rows],
             exposure=None if self.exposure is None else self.exposure[rows],
             half_set=self.half_set[rows],
-            particle=numbered(self.particle[rows]),
+            particle=numbered(self.particle[rows])[0],
             source=source,
         )
 
@@ -146,13 +147,6 @@ class Table:
 POSE_COLUMNS = (
     "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY", "rlnOriginXAngst", "rlnOriginYAngst",
 )  # fmt: skip
-
-
-def numbered(name: Tensor) -> Tensor:
-    """Equal numbers (n,) as equal numbers 0, 1, ... in the order in which they first appear."""
-    different, number = name.unique(return_inverse=True)
-    first = torch.full((len(different),), len(name)).scatter_reduce(0, number, torch.arange(len(name)), "amin")
-    return first.argsort().argsort()[number]
 
 
 def check_rotations(rotation: Tensor, where: str) -> None:

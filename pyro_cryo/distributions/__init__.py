@@ -4,6 +4,7 @@ from pyro_cryo.distributions.atoms import Atoms
 from pyro_cryo.distributions.image import LowRankFourier, StudentImage
 from pyro_cryo.distributions.rotation_cells import RotationCells
 from pyro_cryo.distributions.so3 import MatrixFisher, TangentNormal, UniformRotation
+from pyro_cryo.distributions.views import Views
 from pyro_cryo.distributions.volume import ShellNormal
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "StudentImage",
     "TangentNormal",
     "UniformRotation",
+    "Views",
 ]

@@ -1,13 +1,15 @@
 """Exact inference of shape where images are linear in coefficients of a basis of maps: no encoder, no descent.
 
 An image is x = sum_c y_c B_c + noise, B_c the slice of map c, and all that it says about y is its Gram matrix and
-projection: log p(x | y) = b.y - y.G y / 2 + constant. What y may be is a function of the contrast a and of z:
+projection: log p(x | y) = b.y - y.G y / 2 + constant. Images of one particle have one y, and what they say of it adds
+up: G and b are sums over them. What y may be is a function of the contrast a and of z:
 
     linear   y = a (1, z),    z ~ Normal(0, I)
     curved   y = a phi(z),    z one of L points, phi smooth functions on them
     classes  y = a z,         z one of the K unit vectors
 
-and a ~ Normal(1, contrast_sd). Given these, posterior moments of y, z and a and the evidence are closed forms, but for
+and a ~ Normal(1, contrast_sd), a particle's own in all its images: were it an image's own, y would not be one, and no
+sum would tell z. Given these, posterior moments of y, z and a and the evidence are closed forms, but for
 a one-dimensional quadrature over a.
 """
 
@@ -99,6 +101,10 @@ class Seen(Rows):
         values = torch.view_as_real(image).flatten(1)
         return Seen(columns.mT @ columns, (columns.mT @ values[..., None])[..., 0], empty)
 
+    def by_particle(self, batch: Batch) -> Seen:
+        """What all images (B,) of each particle say together of its coefficients, which they share: (n,)."""
+        return Seen(*(batch.by_particle(value) for value in self.tensors))
+
     def first(self, rank: int) -> Seen:
         """Of the first map and `rank` others alone."""
         return Seen(self.gram[:, : 1 + rank, : 1 + rank], self.projection[:, : 1 + rank], self.empty)
@@ -106,7 +112,7 @@ class Seen(Rows):
 
 @dataclass(frozen=True)
 class Moments:
-    """Posterior moments, of each image or summed over some.
+    """Posterior moments, of each particle or summed over some.
 
     y (*batch, C), yy (*batch, C, C); z (*batch, r), zz (*batch, r, r); a (*batch,) contrast, aa (*batch,)
     weight (*batch, L): posterior of the points of a curved family, else L = 0
@@ -123,7 +129,7 @@ class Moments:
     evidence: Tensor
 
     def total(self) -> Moments:
-        """Summed over the images, the evidence in double precision: it is compared between passes."""
+        """Summed over the particles, the evidence in double precision: it is compared between passes."""
         summed = Moments(**{f.name: getattr(self, f.name).sum(0) for f in fields(self)})
         return replace(summed, evidence=self.evidence.sum(0, dtype=torch.float64))
 
@@ -141,9 +147,9 @@ class Moments:
 
 
 class Coefficients(Sized, ABC):
-    """What coefficients an image may have, and their posterior.
+    """What coefficients a particle may have, and their posterior.
 
-    contrast_sd: () of the images' contrast about 1; 0 holds it at 1
+    contrast_sd: () of the particles' contrast about 1; 0 holds it at 1
     """
 
     contrast_sd: Tensor
@@ -163,17 +169,17 @@ class Coefficients(Sized, ABC):
 
     @abstractmethod
     def moments(self, seen: Seen) -> Moments:
-        """The E-step of each image."""
+        """The E-step of each particle."""
 
     @abstractmethod
     def sample(self, seen: Seen) -> None:
-        """Sample `z`, and `contrast` where it varies, from the posterior of each image: the guide's statements.
+        """Sample `z`, and `contrast` where it varies, from the posterior of each particle: the guide's statements.
 
         The contrast of a linear family comes from the Normal with its posterior's moments.
         """
 
     def learn(self, mean: Moments) -> None:
-        """The M-step of what is unknown about the coefficients, from moments averaged over all images."""
+        """The M-step of what is unknown about the coefficients, from moments averaged over all particles."""
         if self.contrast_varies:
             self.contrast_sd.copy_((mean.aa - 2 * mean.a + 1).clamp_min(LEAST_CONTRAST_SD**2).sqrt())
 
@@ -234,7 +240,7 @@ class LinearCoefficients(Coefficients):
     def _contrast(
         self, eigenvalue: Tensor, image: Tensor, mean_map: Tensor, first: Tensor, square: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Nodes a (B, K) about the mode of each image's contrast and log weights (B, K), which add up to p(x)."""
+        """Nodes a (B, K) about the mode of each particle's contrast and log weights (B, K), which add up to p(x)."""
         sd = self.contrast_sd
 
         def log_joint(a: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Amortised inference of z: a network from an image to q(z | image)."""
+"""Amortised inference of z: a network from the images of a particle to q(z | images)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Expectation = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 class Encoder(nn.Module, ABC):
-    """q(z | image) = Normal(loc, sd), both from a multilayer perceptron of `features(batch)`.
+    """q(z | images) = Normal(loc, sd) of a particle, both from a multilayer perceptron of `features(batch)`.
 
     The model is kept aside, not registered: its parameters are its own.
     """
@@ -47,33 +47,33 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def features(self, batch: Batch) -> Tensor:
-        """What the network sees of each image: (B, inputs)."""
+        """What the network sees of each particle: (n, inputs)."""
 
     def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of q(z | image): (B, zdim) each."""
+        """Mean and standard deviation of q(z | images): (n, zdim) each."""
         return self.moments_of(self.features(batch))
 
     def moments_of(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of images with these features (B, inputs)."""
+        """Those at features (*batch, inputs)."""
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.half_precision):
             out = self.net(features)
         loc, log_sd = out.float().chunk(2, -1)
         return loc, torch.exp(log_sd.clamp(-10, 3))
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean (B, zdim) and covariance (B, zdim, zdim) of q(z | image)."""
+        """Mean (n, zdim) and covariance (n, zdim, zdim) of q(z | images)."""
         loc, sd = self.moments(batch)
         return loc, torch.diag_embed(sd.square())
 
     def distribution(self, batch: Batch) -> TorchDistributionMixin:
-        """q(z | image), of batch shape (B,)."""
+        """q(z | images), of batch shape (n,)."""
         loc, sd = self.moments(batch)
         return dist.Normal(loc, sd).to_event(1)
 
     def forward(self, batch: Batch) -> None:
         """Sample `z`."""
         q = self.distribution(batch)
-        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1), poutine.scale(scale=self.model.beta):
+        with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1), poutine.scale(scale=self.model.beta):
             pyro.sample("z", q)
 
 
@@ -82,7 +82,8 @@ class FrameEncoder(Encoder):
 
     The residual of the consensus, whitened, its shift undone and weighted by the CTF, is added to a small 3-D Fourier
     grid at k @ R. A motion of the molecule then looks alike from every side, and the posterior mean of a linear model
-    is a linear function of these numbers. Needs known poses.
+    is a linear function of these numbers. All images of a particle are added to its grid, over the square root of how
+    many they are, so that noise in it is as large as that of one. Needs known poses.
 
     expected: gives the images (B, P, 2) of the consensus and how large a slice's coefficients are, (P,)
     reach:    cycles a box up to which the image is seen
@@ -98,7 +99,7 @@ class FrameEncoder(Encoder):
         self._expected = (expected,)
 
     def features(self, batch: Batch) -> Tensor:
-        """The back-projected residual: (B, 2 x grid)."""
+        """The back-projected residual: (n, 2 x grid)."""
         low = batch.band(self.count)
         with torch.no_grad():
             consensus, amplitude = self._expected[0](low)
@@ -112,18 +113,31 @@ class FrameEncoder(Encoder):
                 len(batch), self.side, self.side, self.side // 2 + 1, dtype=score.dtype, device=score.device
             )
             add_to_grid(grid, points, score, oversample=1)
+            if batch.several:
+                grid = batch.by_particle(grid) * batch.views.rsqrt()[:, None, None, None]
             return torch.view_as_real(grid).flatten(1)
 
 
 class ImageEncoder(Encoder):
-    """Sees the image as it is, whitened by the noise, up to `reach` cycles a box: cryoDRGN's encoder."""
+    """Sees the image as it is, whitened by the noise, up to `reach` cycles a box: cryoDRGN's encoder.
+
+    It does not know from where an image was taken, so images of a particle cannot be added up: the network sees each,
+    and q(z | images) is the product of what it says of them, 1 / sd^2 their sum and loc their mean by 1 / sd^2.
+    """
 
     def __init__(self, model: CryoModel, reach: float | None = None, width: int = 256, layers: int = 3) -> None:
         count = HalfPlane.of(model.box).count(model.box / 2 if reach is None else reach)
         super().__init__(model, 2 * count, width, layers)
         self.count = count
 
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loc, sd = super().moments(batch)
+        if not batch.several:
+            return loc, sd
+        precision = batch.by_particle(sd.square().reciprocal())
+        return batch.by_particle(loc / sd.square()) / precision, precision.rsqrt()
+
     def features(self, batch: Batch) -> Tensor:
-        """The whitened coefficients: (B, 2 x count)."""
+        """The whitened coefficients of each image: (B, 2 x count)."""
         low = batch.band(self.count)
         return (low.image / noise_sd(low, self.model.sigma.detach())[..., None]).flatten(1)

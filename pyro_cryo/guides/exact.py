@@ -13,7 +13,7 @@ from pyro_cryo.volumes.basis import VoxelBasis
 
 
 class ExactGuide(nn.Module):
-    """q(z, contrast | image) = p(z, contrast | image), given the model's maps; it has no parameters of its own.
+    """q(z, contrast | images) = p(z, contrast | images), given the model's maps; it has no parameters of its own.
 
     But for the contrast of a linear family, whose posterior is taken for the Normal with its moments.
     """
@@ -23,19 +23,20 @@ class ExactGuide(nn.Module):
         self._parts = (model, basis, coefficients)
 
     def seen(self, batch: Batch) -> Seen:
-        """What the images say about the coefficients, within the band of the basis."""
+        """What the images of each particle say about its coefficients (n,), within the band of the basis."""
         model, basis, _ = self._parts
-        low = batch.band(basis.count)
-        return Projected.of(low, basis.grid(), model.sigma.detach(), basis.box / basis.side).seen()
+        low, sigma = batch.band(basis.count), model.sigma.detach()
+        rows = torch.arange(len(batch), device=sigma.device).split(images_at_once(basis.count, sigma.device))
+        parts = [low] if len(rows) == 1 else (low[part] for part in rows)
+        said = (Projected.of(part, basis.grid(), sigma, basis.box / basis.side).seen() for part in parts)
+        return Seen.of(said).by_particle(batch)
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean (B, zdim) and covariance (B, zdim, zdim) of z."""
-        rows = images_at_once(self._parts[1].count, batch.image.device)
-        parts = [batch[part] for part in torch.arange(len(batch), device=batch.image.device).split(rows)]
-        moments = [self._parts[2].moments(self.seen(part)) for part in parts]
-        return torch.cat([m.z for m in moments]), torch.cat([m.z_cov for m in moments])
+        """Mean (n, zdim) and covariance (n, zdim, zdim) of z."""
+        moments = self._parts[2].moments(self.seen(batch))
+        return moments.z, moments.z_cov
 
     def forward(self, batch: Batch) -> None:
         """Sample `z` and `contrast`."""
-        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1):
+        with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1):
             self._parts[2].sample(self.seen(batch))

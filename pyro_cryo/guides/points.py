@@ -1,4 +1,4 @@
-"""Coefficients of images whose z is one of some points: a curved family, classes, and where points are best put."""
+"""Coefficients of particles whose z is one of some points: a curved family, classes, and where points are best put."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_cryo.distributions.atoms import Atoms
 from pyro_cryo.guides.coefficients import Coefficients, Moments, Seen
 
 LEAST_WEIGHT = 1e-6
-LEAST_GAIN = 1e-4  # nats an image, of a pass over the images' statistics
+LEAST_GAIN = 1e-4  # nats a particle, of a pass over the images' statistics
 PASSES = 30  # of those, at most
 TRIALS = 8  # candidates for every further starting point
 
@@ -127,7 +127,7 @@ class CurvedCoefficients(PointCoefficients):
 
 
 class ClassesCoefficients(PointCoefficients):
-    """z one of the K unit vectors: an image shows one of K maps, and the mean of z is their probabilities.
+    """z one of the K unit vectors: a particle has one of K maps, and the mean of z is their probabilities.
 
     The maps are V_0 + sum_m phi_m(k) F_m with K - 1 features of the classes' own, learned: what several classes share
     is one map, with one prior.
@@ -197,7 +197,7 @@ def merge_points(seen: Seen, points: Tensor, log_weight: Tensor, count: int) -> 
 
 
 def point_evidence(seen: Seen, points: Tensor, log_weight: Tensor) -> Tensor:
-    """log p of each image under points (L, r) with log weights (L,), up to what does not depend on them: (B,)."""
+    """log p of each particle under points (L, r) with log weights (L,), up to what does not depend on them: (B,)."""
     return _log_joint(seen, points, log_weight).logsumexp(-1)
 
 
@@ -207,7 +207,7 @@ def outer(rows: Tensor) -> Tensor:
 
 
 def scaled(seen: Seen, a: Tensor) -> Seen:
-    """What the images say of y / a, given their contrasts a (B,)."""
+    """What the images say of y / a, given their particles' contrasts a (B,)."""
     return replace(seen, gram=seen.gram * a.square()[:, None, None], projection=seen.projection * a[:, None])
 
 

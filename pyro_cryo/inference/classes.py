@@ -25,7 +25,7 @@ ROUNDS = 3
 PASSES = 4  # of a round
 EXCESS = 1.4  # classes in a round, of those that are asked for
 RANKS = (4, 8, 12, 16)  # of the subspace in which classes are sought
-CLUSTERED = 5000  # images among which they are sought
+CLUSTERED = 5000  # particles among which they are sought
 STARTS = 10
 DIFFERENCE_SHARE = 0.02  # of the consensus' variance, that differences are given at least while classes are sought
 
@@ -85,7 +85,7 @@ def _merged(solver: FamilySolver, family: Family, count: int) -> Family:
 
 
 def _given_contrast(solver: FamilySolver, images: Particles, family: Family) -> Seen:
-    """What images say of the coefficients, taking the posterior mean of their contrast for it."""
+    """What images say of the coefficients, taking the posterior mean of their particles' contrast for it."""
     seen = solver.seen(images, family)
     return scaled(seen, family.coefficients.moments(seen).a)
 

@@ -8,8 +8,9 @@ and what is new about noise and coefficients. The M-step solves, for each map by
 
     (<y_c^2> A^H W A + prior) V_c = <y_c^2> A^H W A V_c_before + score_c,
 
-which takes the mean over images <y y'> for diagonal, as it is where coefficients are whitened. The fixed point is that
-of exact EM, and one kernel serves all maps.
+which takes the mean over particles <y y'> for diagonal, as it is where coefficients are whitened, and for that over
+their images. The fixed point is that of exact EM, and one kernel serves all maps. Images of one particle have one y:
+what they say of it is added up before its moments are taken, and these then serve each of them.
 """
 
 from __future__ import annotations
@@ -91,16 +92,31 @@ class EM:
         self._maximise(score, self.mean)
 
     def step(self) -> float:
-        """One pass and M-step; the evidence before it, nats an image (without the 2 pi of the density)."""
+        """One pass and M-step; the evidence before it, nats a particle (without the 2 pi of the density)."""
         first = not self._posterior
         score, self.mean, noise = self._expect(lambda moments: moments)
         self._maximise(score, self.mean)
+        if self.particles.n_particles < len(self.particles):  # of one image the prior of its contrast says more
+            self.mean = self._take_up(self.mean)
         self.coefficients.learn(self.mean)
         if not first:  # when the maps' variance was not yet known
             self.maps.sigma = noise
         evidence = float(self.mean.evidence)
         self.progress.note(f"log evidence {evidence:.2f}")
         return evidence
+
+    def _take_up(self, mean: Moments) -> Moments:
+        """Let the maps be as strong as the particles' mean contrast says, which then is 1; the moments from there.
+
+        Maps that their prior shrinks and contrasts that make up for it would drift apart without end, the faster the
+        more images tell a particle's contrast: the widths of both priors are learned, and the images see the product.
+        """
+        maps, level = self.maps, mean.a
+        assert maps.tau is not None
+        maps.values, maps.tau = maps.values * level, maps.tau * level
+        self.gram = self.gram * level.square()
+        y, yy = mean.y / level, mean.yy / level.square()
+        return replace(mean, y=y, yy=yy, a=mean.a / level, aa=mean.aa / level.square())
 
     def close(self) -> None:
         """End the progress bar, where no further pass is needed."""
@@ -120,33 +136,34 @@ class EM:
         for batch in batches:
             next(self._ticks, None)
             seen = Projected.of(batch, grid, maps.sigma)
-            said = seen.seen()
+            said = seen.seen().by_particle(batch)
             moments = taken(self.coefficients.moments(said))
-            explained = seen.slices @ moments.yy.to(seen.slices.dtype)
-            residual = moments.y[:, None] * seen.image[..., None] - explained
+            y, yy = batch.of_images(moments.y), batch.of_images(moments.yy)
+            explained = seen.slices @ yy.to(seen.slices.dtype)
+            residual = y[:, None] * seen.image[..., None] - explained
             value = (residual * (seen.factor / len(self.symmetry))[..., None]).flatten(0, 1).T.contiguous()
             share = (seen.factor.square() / len(self.symmetry)).flatten()[None]
             for points in seen.equivalents(batch, self.symmetry, grid.shape[0]):
                 points.add(score, value)
                 points.add(weight, share)
-            fitted = (seen.slices * moments.y[:, None]).sum(-1)
+            fitted = (seen.slices * y[:, None]).sum(-1)
             left = seen.image.abs().square() - 2 * (seen.image.conj() * fitted).real
             left = left + (seen.slices.conj() * explained).real.sum(-1)
-            spread = torch.diagonal(moments.yy, dim1=1, dim2=2) @ variance
+            spread = torch.diagonal(yy, dim1=1, dim2=2) @ variance
             left = left + seen.factor.square() * spread[:, batch.half.shell]
             bare = replace(batch, noise_scale=None)  # what a premultiplied stack scales its noise by is divided out
             add_shells(square, count, left * noise_sd(bare, maps.sigma).square(), bare)
             gram += said.gram.sum(0)
             total = moments.total() if total is None else total + moments.total()
         assert total is not None
-        self.gram = gram / len(self.particles)
+        self.gram = gram / self.particles.n_particles
         empty = NormalEquations(maps.box, torch.zeros_like(score[0]), weight[0])
         order = len(self.symmetry)
         first = empty.posterior(maps.scale[0], order=order)
         self._posterior = [first, empty.posterior(maps.scale[1], order=order, like=first)]
         noise = noise_floor((0.5 * square / count.clamp_min(1)).sqrt())
         noise = torch.where(count > 0, noise, maps.sigma)
-        return score, total.over(len(self.particles)), noise
+        return score, total.over(self.particles.n_particles), noise
 
     def _variance(self) -> Tensor:
         """Posterior variance of a slice's coefficient of each map by shell, (C, L); 0 at first.
@@ -165,10 +182,10 @@ class EM:
         return maps.box / len(self.symmetry) * torch.stack(variance)
 
     def evidence(self, particles: Particles, ranks: Sequence[int]) -> Tensor:
-        """log p of each image with only the first r maps beside the mean, for each r of `ranks`: (ranks, N)."""
+        """log p of each particle with only the first r maps beside the mean, for each r of `ranks`: (ranks, n)."""
         grid, each = fourier_grid(self.maps.values), []
         for batch in particles.batches(self.batch_size, device=self.device):
-            seen = Projected.of(batch, grid, self.maps.sigma).seen()
+            seen = Projected.of(batch, grid, self.maps.sigma).seen().by_particle(batch)
             each.append(torch.stack([self.coefficients.first(r).moments(seen.first(r)).evidence for r in ranks]))
         return torch.cat(each, 1)
 

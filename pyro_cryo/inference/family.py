@@ -37,9 +37,9 @@ FEWEST_PASSES = 5  # before a band may be called converged: motions grow out of 
 FINEST_PASSES = 2
 MANIFOLD_PASSES = 3
 MOTION_SHARE = 0.1  # of the consensus' variance, that a component is given until it has a prior of its own
-MOST_HELD_OUT = 1000  # images, that are left out of the coarse bands and tell the rank
+MOST_HELD_OUT = 1000  # particles, that are left out of the coarse bands and tell the rank
 SUBSET = 30_000  # images from which a coarse band is learned
-CONVERGED = 30.0  # nats, all images together, that a further pass may still find
+CONVERGED = 30.0  # nats, all particles together, that a further pass may still find
 FLOOR = 0.02
 
 
@@ -49,7 +49,7 @@ class Family:
 
     maps:     (C, b, b, b) on the scale of images cropped to b pixels
     sigma:    (noise groups, D / 2 + 1) noise sd
-    gram:     (C, C) mean information that an image has of the coefficients
+    gram:     (C, C) mean information that the images of a particle have of the coefficients
     """
 
     maps: Tensor
@@ -113,7 +113,7 @@ class FamilySolver:
                 evidence = em.step()
                 whiten(em)
                 _expect_motion(em.maps)
-                if n >= FEWEST_PASSES and (evidence - before) * len(train) < CONVERGED:
+                if n >= FEWEST_PASSES and (evidence - before) * train.n_particles < CONVERGED:
                     break
                 before = evidence
             for _ in range(solo):
@@ -127,7 +127,7 @@ class FamilySolver:
     def manifold(self, subspace: Family, side: int, points: int = 400, features: int = 24) -> Family:
         """A coarse subspace bent: maps that are smooth functions of z, z distributed as in the images.
 
-        points:   images whose z are the support of the population
+        points:   particles whose z are the support of the population
         features: of z, at most
         """
         z = subspace.coefficients.moments(self.seen(self.drawn(points), subspace)).z
@@ -146,24 +146,30 @@ class FamilySolver:
         return _climbed(em, family, FINEST_PASSES)
 
     def seen(self, images: Particles, family: Family) -> Seen:
-        """What images say of a family's coefficients."""
+        """What images say of a family's coefficients, by particle (n,)."""
         box = family.maps.shape[-1]
         grid, sigma, small = fourier_grid(family.maps), self._sigma(family, box), replace(images, box=box)
         batches = small.batches(images_at_once(len(small.half), grid.device), device=grid.device)
-        return Seen.of(Projected.of(batch, grid, sigma).seen() for batch in batches)
+        return Seen.of(Projected.of(batch, grid, sigma).seen().by_particle(batch) for batch in batches)
 
     def drawn(self, count: int) -> Particles:
-        """Images for training, at most `count`, drawn at random."""
+        """All images of at most `count` particles for training, drawn at random."""
         train, _ = self.split
-        return train[torch.randperm(len(train), generator=self.generator)[:count].sort().values]
+        drawn = torch.randperm(train.n_particles, generator=self.generator)[:count]
+        return train[train.images_of(drawn.sort().values)]
 
     @cached_property
     def split(self) -> tuple[Particles, Particles]:
-        """Images from which a coarse band is learned, and others that tell how many components it has."""
+        """Images from which a coarse band is learned, and others that tell how many components it has.
+
+        Those of a particle are in one of the two.
+        """
         particles = self.particles
-        order = torch.randperm(len(particles), generator=self.generator)
-        held = min(MOST_HELD_OUT, -(-len(particles) // 10))
-        return particles[order[held:][:SUBSET].sort().values], particles[order[:held].sort().values]
+        order = torch.randperm(particles.n_particles, generator=self.generator)
+        held = min(MOST_HELD_OUT, -(-len(order) // 10))
+        parts = order[held:][: particles.particles_of(SUBSET)], order[:held]
+        train, others = (particles[particles.images_of(part.sort().values)] for part in parts)
+        return train, others
 
     def em(self, images: Particles, family: Family, moving: Tensor, box: int, passes: int) -> EM:
         """EM of a family on a box; `moving` are its maps but the first, on any box: motion is where they have it."""
@@ -211,7 +217,7 @@ def _supported(em: EM, family: Family, held: Particles) -> Family:
         return family
     evidence = em.evidence(replace(held, box=em.maps.box), range(most + 1))
     short = evidence[int(evidence.mean(1).argmax())] - evidence
-    error = short.std(1) / len(held) ** 0.5
+    error = short.std(1) / held.n_particles**0.5
     rank = int((short.mean(1) <= error).nonzero()[0])
     kept = max(rank, 1)
     maps = family.maps[: 1 + kept].clone()

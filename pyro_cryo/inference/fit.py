@@ -300,10 +300,10 @@ class _Loop:
 
     def _step(self, batch: Batch) -> Tensor:
         """One step of the optimiser; the loss is minus the ELBO, nats an image."""
-        size, settings = len(self.particles), self.settings
+        settings = self.settings
         rise = (self.step + 1) / (settings.warmup * self.batches) if settings.warmup else 1.0
         self.model.beta = settings.beta * min(1.0, rise)
-        loss = self.elbo(batch.standing_for(size)) / size
+        loss = self.elbo(batch.standing_for(self.particles.n_particles)) / len(self.particles)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.elbo.parameters(), settings.clip, foreach=True)
@@ -335,7 +335,7 @@ class _Loop:
             "epoch": self.step // self.batches,
             "step": self.step,
             "loss": float(torch.stack(self.losses).mean()),
-            "images_per_second": round(min(steps * self.settings.batch_size, len(self.particles)) / seconds, 1),
+            "images_per_second": round(min(steps / self.batches, 1.0) * len(self.particles) / seconds, 1),
             "learning_rate": self.schedule.get_last_lr()[-1],
             "seconds": round(self.elapsed, 2),
         }

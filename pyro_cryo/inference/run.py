@@ -24,7 +24,11 @@ LATENT, PARTICLES, POSES = "latent.npz", "particles.star", "poses.npz"
 
 @dataclass(frozen=True)
 class Latent:
-    """Posterior moments of z: index (N,) row of the image, z (N, zdim) means, z_cov (N, zdim, zdim)."""
+    """Posterior moments of z: index (n,) number of the particle, z (n, zdim) means, z_cov (n, zdim, zdim).
+
+    A row a particle, however many images it has: neighbours, clusters and densities count it once. Where each has one
+    image its number is the row of that image; else `Particles.images_of` gives the rows.
+    """
 
     index: np.ndarray
     z: np.ndarray
@@ -139,7 +143,7 @@ class Run:
                 means.append(mean.cpu())
                 covariances.append(covariance.cpu())
         z, z_cov = torch.cat(means).numpy(), torch.cat(covariances).numpy()
-        return Latent(np.arange(len(particles)), z, z_cov)
+        return Latent(np.arange(particles.n_particles), z, z_cov)
 
     def volume(self, z: Tensor | np.ndarray | None = None) -> Tensor:
         """Maps at z (zdim,) or (n, zdim): (D, D, D) or (n, D, D, D), z-y-x, on the scale of the images.

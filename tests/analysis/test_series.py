@@ -16,7 +16,7 @@ from pyro_cryo.analysis.maps import flip_hand, low_pass, sharpen
 from pyro_cryo.analysis.series import (
     along_component,
     at_clusters,
-    at_images,
+    at_particles,
     at_peaks,
     finishing,
     from_file,
@@ -32,8 +32,8 @@ def run(cryodrgn_run: Path) -> Run:
     return Run.load(cryodrgn_run)
 
 
-def test_at_images_in_the_order_asked_for(run: Run) -> None:
-    index, z = at_images(run, [7, 0, 7])
+def test_at_particles_in_the_order_asked_for(run: Run) -> None:
+    index, z = at_particles(run, [7, 0, 7])
     assert_array_equal(index, [7, 0, 7])
     assert_array_equal(z, run.latent.z[[7, 0, 7]])
 
@@ -45,7 +45,7 @@ def test_clusters_are_at_particles_and_repeat(run: Run) -> None:
     assert_array_equal(at_clusters(run, 5)[0], index)
 
 
-def test_peaks_are_at_images_and_fewer_than_asked_for_are_told(run: Run) -> None:
+def test_peaks_are_at_particles_and_fewer_than_asked_for_are_told(run: Run) -> None:
     rng = np.random.default_rng(0)
     z = np.float32(rng.normal(size=(600, 2)) + 8.0 * (np.arange(600)[:, None] % 3 == 0))
     planted = Run(run.model, run.source)
@@ -93,17 +93,17 @@ def test_finishing_in_this_order() -> None:
 
 def test_a_series_replaces_a_longer_one_and_nothing_else(run: Run, tmp_path: Path) -> None:
     out, plain = tmp_path / "maps", finishing(run.particles.apix, None, None, False)
-    write_series(run, out, *at_images(run, [0, 1, 2]), plain)
+    write_series(run, out, *at_particles(run, [0, 1, 2]), plain)
     for name in ("vol_mine.mrc", "notes.txt"):
         (out / name).write_text("kept")
-    paths = write_series(run, out, *at_images(run, [3]), plain)
+    paths = write_series(run, out, *at_particles(run, [3]), plain)
     names = {path.name for path in out.iterdir()}
     assert names == {"vol_000.mrc", "volumes.npz", "series.cxc", "vol_mine.mrc", "notes.txt"}
     assert_array_equal(read_map(paths[0])[0], run.volume(run.latent.z[3]))
 
 
 def test_one_contour_level_for_the_series(run: Run, tmp_path: Path) -> None:
-    write_series(run, tmp_path, *at_images(run, [0, 1]), finishing(1.0, None, None, False))
+    write_series(run, tmp_path, *at_particles(run, [0, 1]), finishing(1.0, None, None, False))
     lines = (tmp_path / "series.cxc").read_text().splitlines()
     assert lines[0] == 'open "vol_000.mrc" "vol_001.mrc" vseries true'
     level = float(lines[1].split(" level ")[1].split()[0])

@@ -6,12 +6,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from images import seen_together
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
+from pyro_cryo.guides.encoder import ImageEncoder
 from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.model import form_image
 from pyro_cryo.models.cryodrgn import CryoDRGN
@@ -57,7 +59,7 @@ def images(model: CryoDRGN, motion: Tensor, rotation: Tensor, translation: Tenso
         noise_group=torch.zeros(count, dtype=torch.long),
         freq_scale=torch.ones(count),
         particle=torch.arange(count),
-        particles=count,
+        shown=torch.arange(count),
         size=count,
     )
     seen = form_image(volume(slice_coordinates(rotation, half.k)), translation, batch)
@@ -112,6 +114,53 @@ def test_features_follow_the_noise_of_the_images_group(model: CryoDRGN) -> None:
         model.log_sigma.data[1].fill_(math.log(2 * sigma))
         quiet, loud = encoder.features(batch)
         torch.testing.assert_close(quiet, 2**power * loud, rtol=1e-3, atol=1e-4 * float(quiet.abs().max()))
+
+
+def test_images_of_a_particle_are_added_in_its_frame(model: CryoDRGN) -> None:
+    encoder, rotation = model.make_guide(), random_rotations(6, torch.Generator().manual_seed(3))
+    batch = images(model, smooth_map(1), rotation, torch.zeros(6, 2))
+    each = encoder.features(batch)
+    found = encoder.features(seen_together(batch, [0, 0, 1, 2, 2, 2]))
+    expected = torch.stack([each[:2].sum(0) / 2**0.5, each[2], each[3:].sum(0) / 3**0.5])
+    torch.testing.assert_close(found, expected)
+    turned = encoder.features(seen_together(batch[torch.tensor([1, 0, 2, 5, 3, 4])], [0, 0, 1, 2, 2, 2]))
+    torch.testing.assert_close(turned, found, rtol=1e-4, atol=1e-4 * float(found.abs().max()))
+
+
+def test_what_an_encoder_of_images_says_of_each_is_multiplied(model: CryoDRGN) -> None:
+    torch.manual_seed(1)
+    encoder = ImageEncoder(model, reach=6, width=16, layers=1)
+    batch = images(model, smooth_map(1), random_rotations(3), torch.zeros(3, 2))
+    with torch.no_grad():
+        loc, sd = encoder.moments(batch)
+        found, its_sd = encoder.moments(seen_together(batch, [0, 0, 1]))
+    z = torch.linspace(-30, 30, 200_001).double()
+    for axis in range(2):
+        log_q = sum(dist.Normal(loc[i, axis].double(), sd[i, axis].double()).log_prob(z) for i in range(2))
+        weight = torch.as_tensor(log_q).softmax(0)
+        mean = float((weight * z).sum())
+        assert float(found[0, axis]) == pytest.approx(mean, abs=1e-4)
+        assert float(its_sd[0, axis]) == pytest.approx(float((weight * (z - mean) ** 2).sum().sqrt()), rel=1e-3)
+    torch.testing.assert_close(found[1], loc[2])
+
+
+def test_an_elbo_of_pairs_counts_z_once_and_every_image(model: CryoDRGN) -> None:
+    guide = model.make_guide()
+    batch = images(model, smooth_map(1), random_rotations(6), torch.zeros(6, 2))
+    batch = seen_together(batch, [0, 0, 1, 2, 2, 2])
+    loc, sd = guide.moments(batch)
+    q = dist.Normal(loc, sd)
+    pyro.set_rng_seed(5)
+    z = q.rsample()
+    mean = model.signal(model.density(), z[batch.particle], batch.rotation, batch.translation, batch)
+    sigma = model.sigma[0][batch.half.shell][:, None]
+    log_p = dist.Normal(mean, sigma).log_prob(batch.image).sum() + dist.Normal(0.0, 1.0).log_prob(z).sum()
+    expected = q.log_prob(z).sum() - log_p
+    for elbo in (Trace_ELBO(), ReparameterisedELBO()):
+        pyro.set_rng_seed(5)
+        torch.testing.assert_close(elbo(model, guide)(batch), expected)
+        pyro.set_rng_seed(5)
+        torch.testing.assert_close(elbo(model, guide)(batch.standing_for(30)), 10 * expected)
 
 
 def test_gradients_reach_every_parameter_of_model_and_guide(model: CryoDRGN) -> None:

@@ -30,7 +30,7 @@ def random_batch(count: int = 8) -> Batch:
         noise_group=torch.arange(count) % 2,
         freq_scale=torch.ones(count),
         particle=torch.arange(count),
-        particles=count,
+        shown=torch.arange(count),
         size=count,
     )
 

@@ -57,7 +57,7 @@ def observe(volume: Tensor, rotation: Tensor, sigma: Tensor, seed: int = 0) -> B
         noise_group=torch.zeros(count, dtype=torch.long),
         freq_scale=torch.ones(count),
         particle=torch.arange(count),
-        particles=count,
+        shown=torch.arange(count),
         size=count,
     )
 
