@@ -53,3 +53,11 @@ def hinge_images(folder: Path, states: int, count: int, box: int, snr: float, fi
     apix = 2 * source.radius_angstrom / (fill * box)
     source = dataclasses.replace(source, sigma_angstrom=1.3 * apix)
     return Particles.open(simulate(source, folder, n_images=count, box=box, apix=apix, snr=snr))
+
+
+def almost_symmetric(box: int, radius_px: float, apart: float) -> Tensor:
+    """A map (D, D, D) that has a 2-fold axis along z but for a part `apart` of it."""
+    whole = blobs(box, radius_px)
+    turned = torch.zeros_like(whole)
+    turned[:, 1:, 1:] = whole[:, 1:, 1:].flip(1, 2)
+    return 0.5 * (whole + turned) + apart * whole
