@@ -74,7 +74,7 @@ def test_a_model_samples_the_poses_it_is_given(batch: Batch) -> None:
 def test_what_is_solved_with_known_poses_takes_no_others() -> None:
     model = Homogeneous(BOX)
     model.poses = AnyPose()
-    with pytest.raises(ValueError, match="poses of Homogeneous are AnyPose, .* use UncertainPose"):
+    with pytest.raises(ValueError, match=r"poses of Homogeneous are AnyPose, .* use UncertainPose"):
         model.prepare(None)  # type: ignore[arg-type]
 
 
