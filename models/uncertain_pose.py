@@ -19,6 +19,7 @@ from pyro_cryo.progress import Progress, quiet
 
 FIRST = 8.0  # cycles a box, in which poses are compared first
 GROWTH = 1.4  # of the band from pass to pass
+PASSES = 4  # in a band
 STEPS = 3  # of Newton's method, a pass
 
 
@@ -95,8 +96,8 @@ def at_table(particles: Particles) -> PoseModes:
 
 
 def bands(finest: float) -> list[float]:
-    """Cycles a box in which poses are compared, pass by pass; the finest twice."""
+    """Cycles a box in which poses are compared, pass by pass."""
     found = [min(FIRST, finest)]
     while found[-1] < finest:
         found.append(min(GROWTH * found[-1], finest))
-    return [*found, finest]
+    return [band for band in found for _ in range(PASSES)]
