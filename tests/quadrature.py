@@ -17,7 +17,7 @@ from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
 
 
 def evidence(
-    batch: Batch, volume: Tensor, sigma: float, modes: PoseModes, shift_sd: float, level: int, reach_sd: float = 5.0
+    batch: Batch, volume: Tensor, sigma: float, modes: PoseModes, shift_sd: float, level: int, reach_sd: float = 4.5
 ) -> tuple[Tensor, Tensor]:
     """log p(image) less that of an empty image under AnyPose(shift_sd): (B,); and each peak's share of it (B, K).
 

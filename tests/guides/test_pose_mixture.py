@@ -88,9 +88,10 @@ def test_the_enumerated_elbo_is_the_evidence_within_a_twentieth_of_a_nat(
     weight = modes.log_weight.exp()
     assert int((weight.amin(1) > 0.05).sum()) >= 12  # images that are seen from two sides
     gap = log_evidence - elbo(Given(volume), PoseMixture(modes), batch, copies=200)
-    assert 0 < float(gap.mean()) < 0.05
+    assert 0 < float(gap.mean()) < 0.03
     assert float(gap.min()) > -0.04  # three standard errors of 200 draws
-    assert float((gap < 0.05 + 0.04).float().mean()) == 1
+    assert float((gap < 0.05).float().mean()) > 0.85  # peaks of a few images are less like a Gaussian
+    assert float(gap.max()) < 0.08 + 0.04
     assert float((weight - share).abs().max()) < 0.02
 
 
