@@ -50,7 +50,7 @@ class PoseAbout(nn.Module):
         super().__init__()
         if not 0 < turn_sd_deg < math.inf:
             raise ValueError(f"turn_sd_deg is {turn_sd_deg}; expected a positive number of degrees, or use AnyPose")
-        check_shift(shift_sd_px)
+        _check_shift(shift_sd_px)
         self.arguments = {"turn_sd_deg": turn_sd_deg, "shift_sd_px": shift_sd_px}
         self.register_buffer("turn_sd", torch.tensor(math.radians(turn_sd_deg)))
         self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
@@ -72,7 +72,7 @@ class AnyPose(nn.Module):
 
     def __init__(self, shift_sd_px: float = 2.0) -> None:
         super().__init__()
-        check_shift(shift_sd_px)
+        _check_shift(shift_sd_px)
         self.arguments = {"shift_sd_px": shift_sd_px}
         self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
 
@@ -83,7 +83,7 @@ class AnyPose(nn.Module):
         return rotation, _shift_about(torch.zeros_like(batch.translation), self.shift_sd, batch)
 
 
-def check_shift(shift_sd_px: float) -> None:
+def _check_shift(shift_sd_px: float) -> None:
     """Raise ValueError unless it is the spread of a shift."""
     if not 0 < shift_sd_px < math.inf:
         raise ValueError(f"shift_sd_px is {shift_sd_px}; expected a positive number of pixels")

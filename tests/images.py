@@ -74,3 +74,11 @@ def seen_together(batch: Batch, particle: list[int]) -> Batch:
     count = max(particle) + 1
     number = torch.tensor(particle)
     return dataclasses.replace(batch, particle=number, shown=torch.arange(count), size=count)
+
+
+def almost_symmetric(box: int, radius_px: float, apart: float) -> Tensor:
+    """A map (D, D, D) that has a 2-fold axis along z but for a part `apart` of it."""
+    whole = blobs(box, radius_px)
+    turned = torch.zeros_like(whole)
+    turned[:, 1:, 1:] = whole[:, 1:, 1:].flip(1, 2)
+    return 0.5 * (whole + turned) + apart * whole

@@ -110,6 +110,24 @@ def level_of_truth(case: Case, modes: PoseModes, generator: torch.Generator, dra
     return denser / draws
 
 
+def level_of_truth_resampled(case: Case, modes: PoseModes, generator: torch.Generator, draws: int = DRAWS) -> Tensor:
+    """The same with the posterior's own density: draws of the mixture weighted by posterior over mixture, (B,)."""
+    grid, prior, px = fourier_grid(case.volume), anywhere(len(case.batch)), case.batch.freq_scale
+    mixture, weight = PoseGaussians.about(modes, torch.ones_like(px)), modes.log_weight.clamp_min(LEAST)
+
+    def posterior(rotation: Tensor, translation: Tensor) -> Tensor:
+        told = log_likelihood(case.batch, grid, case.sigma, rotation, translation, px)
+        return told + prior.log_prob(rotation, translation)
+
+    truth = posterior(case.batch.rotation, case.batch.translation / px[:, None])
+    density, ratio = [], []
+    for _ in range(draws):
+        pose = modes.drawn(generator)
+        density.append(posterior(*pose))
+        ratio.append(density[-1] - log_density(mixture, weight, *pose).logsumexp(-1))
+    return (torch.stack(ratio).softmax(0) * (torch.stack(density) > truth)).sum(0)
+
+
 def elbo(case: Case, modes: PoseModes, generator: torch.Generator, draws: int = 50) -> Tensor:
     """E_q[log p(image, pose) - log q(pose)] less log p of an empty image: (B,)."""
     grid, prior = fourier_grid(case.volume), anywhere(len(case.batch))
@@ -135,17 +153,23 @@ def main() -> None:
     for snr in args.snr:
         images, generator = case(snr, args.images, args.box, args.seed), torch.Generator().manual_seed(args.seed)
         found = posteriors(images, args.peaks, beam=args.beam)
-        for number, modes in enumerate(found.steps):
+        rows = [(f"matched {number}" if number else "Laplace", modes) for number, modes in enumerate(found.steps)]
+        for name, modes in rows:
             level = level_of_truth(images, modes, generator)
-            gap = float((found.evidence - elbo(images, modes, generator)).mean())
+            gap = f"{float((found.evidence - elbo(images, modes, generator)).mean()):.3f}"
             error = float(angle_deg(modes.best[0], images.batch.rotation).median())
-            name = "Laplace" if number == 0 else f"matched {number}"
-            inside = [float((level <= rate).float().mean()) for rate in (0.5, 0.9)]
             print(
-                f"{snr:g}\t{name}\t{inside[0]:.3f}\t{inside[1]:.3f}\t{gap:.3f}\t{error:.2f}\t"
+                f"{snr:g}\t{name}\t{rates(level)}\t{gap}\t{error:.2f}\t"
                 f"{float(found.effective.mean()):.2f}\t{float(found.left_out.mean()):.3f}",
                 flush=True,
             )
+        level = level_of_truth_resampled(images, found.steps[-1], generator)
+        print(f"{snr:g}\tresampled\t{rates(level)}", flush=True)
+
+
+def rates(level: Tensor) -> str:
+    """How many truths lie in 50% and in 90% regions."""
+    return "\t".join(f"{float((level <= rate).float().mean()):.3f}" for rate in (0.5, 0.9))
 
 
 if __name__ == "__main__":

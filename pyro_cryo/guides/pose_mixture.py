@@ -18,6 +18,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
@@ -137,7 +138,8 @@ class PosedGuide(nn.Module):
     def forward(self, batch: Batch) -> None:
         """Sample `rotation`, `translation` and what the other guide samples."""
         rotation, translation = self.poses(batch)
-        self.rest(replace(batch, rotation=rotation, translation=translation))
+        with poutine.block(hide=["particles"]):  # the other guide's plate is the same one, and a trace has it once
+            self.rest(replace(batch, rotation=rotation, translation=translation))
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean (B, zdim) and covariance (B, zdim, zdim) of z over draws of the pose: within them and between."""

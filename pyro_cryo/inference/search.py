@@ -8,11 +8,15 @@ P(R) the central slice of the map at R: matrix products of a batch of images, ea
 slices of a whole level of the grid. The first level is searched whole, at a low band limit. The cells with most
 posterior mass, a beam, are then cut into their children, which are compared in a wider band, and so on. At the end
 cells that lie together are one peak.
+
+What a beam leaves out is not what the level that is cut says of it: the cells of most mass are those whose centres lie
+well by chance. So some of the others, drawn by their mass, are cut and compared as well; each stands for those like it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +35,7 @@ NUMBERS = 1 << 22  # log likelihoods that are held at a time on a CPU
 NUMBERS_GPU = 1 << 28
 TABLE = 1 << 24  # coefficients of all slices of a level, that are kept rather than read again
 NOTHING = -60.0  # nats below the best, that count no more: exponentials of less are slow
+PROBES = 12  # cells of rotations beside the beam, and half as many of shifts, that tell what it leaves out
 APART = 1.6  # steps of the grid between two peaks
 
 
@@ -50,7 +55,7 @@ class Found(Rows):
     rotation:    (B, K, 3, 3)
     translation: (B, K, 2) pixels of the images' box
     log_mass:    (B, K) of the cells about each peak, the first one's the largest; minus infinity beyond the last peak
-    left_out:    (B,) share of the mass that the beams left out, as the level saw it that was cut
+    left_out:    (B,) share of the mass that the beams left out, as the finer level sees it: an estimate from probes
     evidence:    (B,) log mean likelihood over the poses of the first level, beside that of an empty image
     """
 
@@ -82,6 +87,42 @@ class _Cells:
     value: Tensor
     mass: Tensor
     of_shift: Tensor
+
+    @staticmethod
+    def of(level: Level, rotation: Tensor, shift: Tensor, value: Tensor) -> _Cells:
+        most = value.amax((1, 2))[:, None]
+        share = (value - most[..., None]).clamp_min_(NOTHING).exp_()
+        return _Cells(level, rotation, shift, value, share.sum(1).log() + most, share.sum(2).log() + most)
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """Cells that go on (B, M + P): the `own` of most mass, and probes, each for exp(log_weight) of the others."""
+
+    cell: Tensor
+    log_weight: Tensor
+    own: int
+
+    @staticmethod
+    def of(cell: Tensor, mass: Tensor, most: int, probes: int) -> _Beam:
+        """Of cells, of all images (C,) or of each (B, C), with log masses (B, C)."""
+        own = min(most, mass.shape[1])
+        place = mass.topk(own, 1).indices
+        weight = torch.zeros_like(mass[:, :own])
+        if own < mass.shape[1]:
+            # by the root of the mass, evenly along the nested order: those of little mass may have more than they show
+            chance = (0.5 * mass.scatter(1, place, -torch.inf)).softmax(1)
+            even = ((torch.arange(probes, device=mass.device) + 0.5) / probes).expand(len(mass), -1).contiguous()
+            drawn = torch.searchsorted(chance.cumsum(1), even).clamp_max_(mass.shape[1] - 1)
+            place = torch.cat([place, drawn], 1)
+            weight = torch.cat([weight, -(probes * chance.gather(1, drawn)).log()], 1)
+        return _Beam(_taken(cell, place), weight, own)
+
+    def cut(self, children: Callable[[Tensor], Tensor]) -> _Beam:
+        """Into the children of its cells."""
+        cell = children(self.cell)
+        times = cell.shape[-1]
+        return _Beam(cell.flatten(1), self.log_weight.repeat_interleave(times, 1), self.own * times)
 
 
 class Search:
@@ -127,23 +168,27 @@ class Search:
 
     def _of(self, batch: Batch, sigma: Tensor) -> Found:
         first, *finer = self.levels
-        cells = self._compared(batch, sigma, first, self.cells, self.shifts)
+        value = self._log_posterior(batch, sigma, first, self.cells, self.shifts)
+        cells = _Cells.of(first, self.cells, self.shifts, value)
         evidence = cells.mass.logsumexp(1) - math.log(cells.mass.shape[1])
         kept = torch.ones_like(evidence)
         for level in finer:
-            rotation, share = _beam(cells.rotation, cells.mass, self.beam)
-            kept = kept * share
-            shift, share = _beam(cells.shift, cells.of_shift, self.beam // 2)
-            kept = kept * share
+            turns = _Beam.of(cells.rotation, cells.mass, self.beam, PROBES)
+            shifts = _Beam.of(cells.shift, cells.of_shift, self.beam // 2, PROBES // 2)
             for _ in range(level.rotations - cells.level.rotations):
-                rotation = rotation_grid.children(rotation).flatten(1)
+                turns = turns.cut(rotation_grid.children)
             for _ in range(level.shifts - cells.level.shifts):
-                shift = shift_grid.children(shift).flatten(1)
-            cells = self._compared(batch, sigma, level, rotation, shift)
+                shifts = shifts.cut(shift_grid.children)
+            value = self._log_posterior(batch, sigma, level, turns.cell, shifts.cell)
+            own = value[:, : shifts.own, : turns.own]
+            cells = _Cells.of(level, turns.cell[:, : turns.own], shifts.cell[:, : shifts.own], own)
+            weighted = value + shifts.log_weight[..., None] + turns.log_weight[:, None]
+            kept = kept * (cells.mass.logsumexp(1) - weighted.flatten(1).logsumexp(1)).exp()
         rotation, translation, mass = self._peaks(cells)
         return Found(rotation, translation, mass, 1 - kept, evidence)
 
-    def _compared(self, batch: Batch, sigma: Tensor, level: Level, rotation: Tensor, shift: Tensor) -> _Cells:
+    def _log_posterior(self, batch: Batch, sigma: Tensor, level: Level, rotation: Tensor, shift: Tensor) -> Tensor:
+        """Of every pair of cells: (B, T, C)."""
         low = batch.band(self.half.count(level.kmax))
         sd = noise_sd(low, sigma)
         score = torch.view_as_complex(low.image) * low.ctf / sd.square()
@@ -153,9 +198,7 @@ class Search:
         value = torch.view_as_real(unshifted).flatten(-2) @ columns.flatten(-2).mT  # (B, T, C)
         value -= (0.5 * (low.ctf / sd).square())[:, None] @ columns.square().sum(-1).mT
         value -= 0.5 * (displacement.square().sum(-1) / self.shift_sd**2)[..., None]
-        most = value.amax((1, 2))[:, None]
-        share = (value - most[..., None]).clamp_min_(NOTHING).exp_()
-        return _Cells(level, rotation, shift, value, share.sum(1).log() + most, share.sum(2).log() + most)
+        return value
 
     def _slices(self, low: Batch, level: Level, rotation: Tensor) -> Tensor:
         """Slices at cells (C,) or (B, C): (C, P) or (B, C, P) complex."""
@@ -195,12 +238,6 @@ class Search:
         peak = torch.stack(at, 1)
         translation = shift_grid.centres(shift.gather(1, peak), level.shifts, self.extent)
         return rotation[image[:, None], peak], translation, torch.stack(masses, 1)
-
-
-def _beam(cell: Tensor, mass: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The cells of most mass (B, most), and what share of it they have (B,)."""
-    kept, place = mass.topk(min(most, mass.shape[1]), 1)
-    return _taken(cell, place), (kept.logsumexp(1) - mass.logsumexp(1)).exp()
 
 
 def _taken(cell: Tensor, place: Tensor) -> Tensor:

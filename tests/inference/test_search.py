@@ -64,6 +64,21 @@ def test_a_beam_finds_what_the_whole_grid_finds(volume: Tensor, batch: Batch, si
     assert bool((beam.log_mass[:, 0] <= whole.log_mass[:, 0] + 1e-2).all())
 
 
+def test_what_a_beam_left_out_is_what_the_whole_finer_grid_has_more_of(volume: Tensor) -> None:
+    """The level that is cut does not know: its cells of most mass are those whose centres lie well."""
+    loud = 3.0
+    noisy, sd = observed(volume, 200, loud, torch.ones(200)), torch.full((1, BOX // 2 + 1), loud)
+    fine, everything = Level(2, 3, 7.0), {"peaks": 1, "apart": 100.0}  # one peak, which all cells are near
+    whole = Search(volume, (fine,), 3.0, SHIFT_SD, EVERY, beam=2000, **everything)(noisy, sd)
+    for beam in (8, 24):
+        found = Search(volume, (Level(1, 2, 4.5), fine), 3.0, SHIFT_SD, EVERY, beam=beam, **everything)(noisy, sd)
+        left_out = 1 - (found.log_mass[:, 0] - whole.log_mass[:, 0]).exp()
+        error = found.left_out - left_out
+        assert float(left_out.mean()) > 0.05
+        assert abs(float(error.mean())) < 0.03
+        assert float(torch.stack([found.left_out, left_out]).corrcoef()[0, 1]) > 0.7
+
+
 def test_peaks_are_apart_and_near_the_truth(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
     found = Search(volume, (Level(1, 2, 4.5), Level(2, 3, 7.0)), 3.0, SHIFT_SD, EVERY, peaks=3)(batch, sigma)
     assert float(angle_deg(found.rotation[:, 0], batch.rotation).median()) < rotation_grid.step_deg(2)
