@@ -14,8 +14,8 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients
 from pyro_cryo.guides.exact import ExactGuide
-from pyro_cryo.inference.family import Family, FamilySolver, with_band
-from pyro_cryo.inference.reconstruct import Reconstruction, band_limit, reconstruct
+from pyro_cryo.inference.family import Family, FamilySolver, motion_side, with_band
+from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
 from pyro_cryo.model import CryoModel, Density, form_image, refuse_other_stories
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import slice_coordinates
@@ -23,9 +23,6 @@ from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.basis import VoxelBasis
 from pyro_cryo.volumes.grid import VoxelGrid
 from pyro_cryo.volumes.mask import chosen_mask, read_mask
-
-LEAST_SNR = 0.05  # of the consensus, solvent included
-BEYOND = 1.2  # the molecule alone is seen farther, and priors by shell hold back what is not seen
 
 
 class LinearSubspace(CryoModel):
@@ -137,9 +134,3 @@ class LinearSubspace(CryoModel):
         """Of the consensus: map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv)."""
         assert self.reconstruction is not None
         write_reconstruction(folder, self.reconstruction, particles.apix)
-
-
-def motion_side(found: Reconstruction, kmax: float | None = None) -> int:
-    """The box on which what moves is solved for; without kmax, as fine as a consensus shows anything."""
-    limit = BEYOND * band_limit(found.signal_to_noise, LEAST_SNR) if kmax is None else kmax
-    return min(2 * int(limit) + 2, found.volume.shape[-1])

@@ -14,11 +14,10 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import LinearCoefficients
 from pyro_cryo.guides.encoder import FrameEncoder
 from pyro_cryo.guides.exact import ExactGuide
-from pyro_cryo.inference.family import FamilySolver, with_band
+from pyro_cryo.inference.family import FamilySolver, motion_side, with_band
 from pyro_cryo.inference.reconstruct import Reconstruction
 from pyro_cryo.model import Density
 from pyro_cryo.models.cryodrgn import CryoDRGN
-from pyro_cryo.models.linear_subspace import motion_side
 from pyro_cryo.physics.fourier import resize
 from pyro_cryo.progress import Progress
 from pyro_cryo.volumes.basis import VoxelBasis

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
-from pyro_cryo.guides.landscape import OneMap, climbed
+from pyro_cryo.guides.landscape import MapLikelihood, climbed
 from pyro_cryo.guides.pose_mixture import LEAST, PoseGaussians, log_density
 from pyro_cryo.guides.pose_moments import log_likelihood, matched
 from pyro_cryo.guides.poses import PoseModes, PosePrior
@@ -86,7 +86,7 @@ def posteriors(
     for rows in torch.arange(len(case.batch)).split(AT_ONCE):
         batch, prior, px = case.batch[rows], anywhere(len(rows)), case.batch.freq_scale[rows]
         found = search(batch, case.sigma)
-        modes = climbed(batch, OneMap(slopes, case.sigma), found.modes, prior, px, steps=8)[0]
+        modes = climbed(batch, MapLikelihood(slopes, case.sigma), found.modes, prior, px, steps=8)[0]
         steps = [modes]
         for seed in range(matches):
             modes, seen = matched(batch, grid, case.sigma, modes, prior, px, seed=seed)

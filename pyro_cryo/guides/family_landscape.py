@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.coefficients import Coefficients, Seen
-from pyro_cryo.guides.landscape import Landscape, OneMap, turned, whitened
+from pyro_cryo.guides.landscape import Landscape, MapLikelihood, turned, whitened
 from pyro_cryo.model import CryoModel, noise_of
 from pyro_cryo.physics.rotations import exp
 from pyro_cryo.physics.slices import GridPoints, slice_coordinates
@@ -27,7 +27,7 @@ EXPLAINED = 0.99  # at most, of a direction of the slices
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyLikelihood:
     """Maps that are linear in coefficients, up to the band of the basis; beyond it one map.
 
     slopes:       (n, n, n / 2 + 1, 4 C) `slices.slope_grid` of C maps, channel by channel: V, x V, y V and z V of all
@@ -43,7 +43,7 @@ class Family:
     sigma: Tensor
     scale: float
     count: int
-    beyond: OneMap
+    beyond: MapLikelihood
 
     def at(self, batch: Batch, rotation: Tensor, translation: Tensor, px: Tensor) -> Landscape:
         """As `PoseLikelihood` says, y integrated out."""
@@ -83,7 +83,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Story:
+class ModelLikelihood:
     """Any model's images, at the posterior mean of z that its guide has at a pose; slopes are differences.
 
     model, guide: of a fit; the guide has `posterior`

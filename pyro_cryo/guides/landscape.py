@@ -62,7 +62,7 @@ class PoseLikelihood(Protocol):
 
 
 @dataclass(frozen=True)
-class OneMap:
+class MapLikelihood:
     """The same map for all images: its slices, and as their derivatives the slices of its gradient.
 
     slopes: `slices.slope_grid` of the map, on the box of the images

@@ -26,7 +26,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Projected, Seen, images_at_once
 from pyro_cryo.guides.points import ClassesCoefficients, CurvedCoefficients, PointCoefficients
 from pyro_cryo.inference.em import EM, Maps
-from pyro_cryo.inference.reconstruct import Reconstruction
+from pyro_cryo.inference.reconstruct import Reconstruction, band_limit
 from pyro_cryo.physics.fourier import resize
 from pyro_cryo.physics.slices import fourier_grid
 from pyro_cryo.progress import Progress, quiet
@@ -41,6 +41,8 @@ MOST_HELD_OUT = 1000  # particles, that are left out of the coarse bands and tel
 SUBSET = 30_000  # images from which a coarse band is learned
 CONVERGED = 30.0  # nats, all particles together, that a further pass may still find
 FLOOR = 0.02
+LEAST_SNR = 0.05  # of the consensus, solvent included
+BEYOND = 1.2  # the molecule alone is seen farther, and priors by shell hold back what is not seen
 
 
 @dataclass(frozen=True)
@@ -293,3 +295,9 @@ def _random(zdim: int, generator: torch.Generator) -> Callable[[Moments], Moment
         return replace(moments, y=y, yy=pairs[0], z=z, zz=pairs[1], a=one, aa=one)
 
     return start
+
+
+def motion_side(found: Reconstruction, kmax: float | None = None) -> int:
+    """The box on which what moves is solved for; without kmax, as fine as a consensus shows anything."""
+    limit = BEYOND * band_limit(found.signal_to_noise, LEAST_SNR) if kmax is None else kmax
+    return min(2 * int(limit) + 2, found.volume.shape[-1])

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import images_at_once
-from pyro_cryo.guides.landscape import OneMap, climbed
+from pyro_cryo.guides.landscape import MapLikelihood, PoseLikelihood, climbed
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.reconstruct import add_shells, left_of, noise_floor
 from pyro_cryo.inference.search import APART, Found, Level, Search
@@ -109,7 +109,7 @@ class PoseEM:
             mine = found[batch.index.cpu()].to(self.device)
             weight = mine.log_mass.softmax(1)
             for peak in range(weight.shape[1]):
-                sums.add(self._posed(batch, mine.rotation[:, peak], mine.translation[:, peak]), weight[:, peak])
+                sums.add(self.posed(batch, mine.rotation[:, peak], mine.translation[:, peak]), weight[:, peak])
         return self._solved(sums)
 
     def climb(self, rows: Tensor, modes: PoseModes, known: Solved, kmax: float, steps: int) -> tuple[Solved, float]:
@@ -118,17 +118,27 @@ class PoseEM:
         Beside it the mean log evidence of an image, less that of an empty one.
         """
         sums, evidence = self._sums(known), torch.zeros((), device=self.device)
-        count = HalfPlane.of(known.box).count(kmax)
-        size = max(1, images_at_once(count, self.device) // modes.log_weight.shape[1])
-        likelihood = OneMap(slope_grid(known.volume), self.noise(known.box))
-        for batch in self._batches(rows, known.box, size, f"poses at {known.box} px"):
-            index, low = batch.index.cpu(), batch.band(count)
-            prior, mine = self.prior[rows[index]].to(self.device), modes[index].to(self.device)
-            mine, gain = climbed(low, likelihood, mine, prior, self._px(batch), steps)
-            modes[index] = mine
+        likelihood = MapLikelihood(slope_grid(known.volume), self.noise(known.box))
+        for batch, mine, gain in self.climbing(rows, modes, likelihood, known.box, kmax, steps):
             evidence += gain.sum()
-            sums.add(self._posed(batch, *mine.drawn(self.generator)))
+            sums.add(self.posed(batch, *mine.drawn(self.generator)))
         return self._solved(sums, enveloped=True), float(evidence) / len(rows)
+
+    def climbing(
+        self, rows: Tensor, modes: PoseModes, likelihood: PoseLikelihood, box: int, kmax: float, steps: int
+    ) -> Iterator[tuple[Batch, PoseModes, Tensor]]:
+        """Some images (n,), cropped to a box: modes climb, in place, compared up to kmax cycles a box.
+
+        Batch by batch: the images, their modes, and the log evidence (B,) of each less that of an empty one.
+        """
+        count = HalfPlane.of(box).count(kmax)
+        size = max(1, images_at_once(count, self.device) // modes.log_weight.shape[1])
+        for batch in self._batches(rows, box, size, f"poses at {box} px"):
+            index = batch.index.cpu()
+            prior, mine = self.prior[rows[index]].to(self.device), modes[index].to(self.device)
+            mine, gain = climbed(batch.band(count), likelihood, mine, prior, self._px(batch), steps)
+            modes[index] = mine
+            yield batch, mine, gain
 
     def noise(self, box: int) -> Tensor:
         """sigma of images cropped to a box."""
@@ -143,7 +153,8 @@ class PoseEM:
         """(B,) pixels of a batch's own box and field of view in one of D."""
         return batch.freq_scale * (batch.half.box / self.particles.box)
 
-    def _posed(self, batch: Batch, rotation: Tensor, translation: Tensor) -> Batch:
+    def posed(self, batch: Batch, rotation: Tensor, translation: Tensor) -> Batch:
+        """Images at poses (B, 3, 3), (B, 2), translations in pixels of D."""
         return replace(batch, rotation=rotation, translation=translation * self._px(batch)[:, None])
 
     def _sums(self, known: Solved) -> _Sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,40 @@ import torch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, prior_of
 from pyro_cryo.inference.ab_initio import ab_initio
+from pyro_cryo.inference.moving import refined_with_motion
 from pyro_cryo.inference.refine import refined
 from pyro_cryo.model import CryoModel
 from pyro_cryo.pose import PoseAbout
 from pyro_cryo.progress import Progress, quiet
 
+MOVING = 10.0  # cycles a box, in which poses from nothing are first compared with maps that move
+
 
 def find_poses(
     model: CryoModel, particles: Particles, seed: int = 0, progress: Progress = quiet, kept: Path | None = None
 ) -> PoseModes:
-    """Posteriors of the poses under `model.poses`, in one map for all images.
+    """Posteriors of the poses under `model.poses`: in one map for all images, or where the model has z in a family.
 
     Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
-    rotation and the hand of the map.
+    rotation and the hand of the map. The family is linear, whatever the model's own: it only has to follow what moves.
 
-    kept: file of the state on the way, from which what was killed goes on.
+    kept: file of the state on the way, from which what was killed goes on
     """
     prior = prior_of(model.poses, particles)
     generator = torch.Generator().manual_seed(seed)
     symmetry = getattr(model, "symmetry", torch.eye(3)[None])
     device = model.log_sigma.device
-    how: dict[str, Any] = {"generator": generator, "device": device, "progress": progress, "kept": kept}
-    if math.isinf(prior.turn_sd):
-        return ab_initio(particles, symmetry, shift_sd=prior.shift_sd, **how).modes
-    return refined(particles, prior, symmetry, **how).modes
+    how: dict[str, Any] = {"generator": generator, "device": device, "progress": progress}
+    if math.isfinite(prior.turn_sd):
+        refine = refined_with_motion if model.zdim else refined
+        return refine(particles, prior, symmetry, kept=kept, **how).modes
+    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, kept=kept, **how)
+    if not model.zdim:
+        return found.modes
+    rotation, translation = found.modes.best
+    about = replace(prior, rotation=rotation, translation=translation)
+    moving = None if kept is None else kept.with_name("moving." + kept.name)
+    return refined_with_motion(particles, about, symmetry, first=MOVING, kept=moving, **how).modes
 
 
 def learn_spread(model: CryoModel, particles: Particles, modes: PoseModes) -> None:

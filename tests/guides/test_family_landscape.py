@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions.image import LowRankFourier
 from pyro_cryo.guides.coefficients import LinearCoefficients
-from pyro_cryo.guides.family_landscape import Family, Story
-from pyro_cryo.guides.landscape import Landscape, OneMap
+from pyro_cryo.guides.family_landscape import FamilyLikelihood, ModelLikelihood
+from pyro_cryo.guides.landscape import Landscape, MapLikelihood
 from pyro_cryo.guides.poses import moved
 from pyro_cryo.model import form_image
 from pyro_cryo.models.linear_subspace import LinearSubspace
@@ -41,13 +41,13 @@ def sigma() -> Tensor:
     return torch.full((1, BOX // 2 + 1), SIGMA)
 
 
-def family(maps: Tensor, sigma: Tensor, side: int, contrast: float = 0.0) -> Family:
+def family(maps: Tensor, sigma: Tensor, side: int, contrast: float = 0.0) -> FamilyLikelihood:
     """The family on a box of `side` pixels, the first map alone beyond its band."""
     small = resize(maps, side)
     slopes = torch.stack([slope_grid(one) for one in small], -1).flatten(3)
     count = int(HalfPlane.of(BOX).count(side / 2 - 1e-3))
-    beyond = OneMap(slope_grid(maps[0]), sigma)
-    return Family(slopes, LinearCoefficients(contrast), sigma, BOX / side, count, beyond)
+    beyond = MapLikelihood(slope_grid(maps[0]), sigma)
+    return FamilyLikelihood(slopes, LinearCoefficients(contrast), sigma, BOX / side, count, beyond)
 
 
 def poses(batch: Batch, seed: int = 2) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def poses(batch: Batch, seed: int = 2) -> tuple[Tensor, Tensor]:
     return moved(batch.rotation, batch.translation, away * torch.tensor([0.05] * 3 + [0.3] * 2))
 
 
-def differences(likelihood: Family | Story, batch: Batch, px: Tensor) -> tuple[Landscape, Tensor]:
+def differences(likelihood: FamilyLikelihood | ModelLikelihood, batch: Batch, px: Tensor) -> tuple[Landscape, Tensor]:
     """The landscape at poses, and its gradient by differences."""
     pose, slopes = poses(batch), []
     for axis, step in enumerate([0.01] * 3 + [0.05] * 2):
@@ -97,7 +97,7 @@ def test_the_information_is_what_the_coefficients_leave(maps: Tensor, batch: Bat
         [form_image(torch.view_as_real(read_grid(fourier_grid(m), points)), translation, batch) for m in maps[1:]], -1
     ).flatten(1, 2)
     sd = torch.full((IMAGES, 1), SIGMA)
-    mean = OneMap(slope_grid((y[0, :, None, None, None] * maps).sum(0)), sigma)
+    mean = MapLikelihood(slope_grid((y[0, :, None, None, None] * maps).sum(0)), sigma)
     alone = mean.at(batch, rotation, translation, px).information
     cross = []
     for axis in range(5):
@@ -130,7 +130,7 @@ def test_any_model_has_a_landscape(maps: Tensor, batch: Batch, sigma: Tensor) ->
     model.volume.set(maps)
     model.consensus.set(maps[0])
     model.log_sigma.data.fill_(float(torch.tensor(SIGMA).log()))
-    story = Story(model, model.make_guide())
+    story = ModelLikelihood(model, model.make_guide())
     here, px = family(maps, sigma, BOX), torch.ones(IMAGES)
     rotation, translation = batch.rotation, batch.translation
     a, b = here.at(batch, rotation, translation, px), story.at(batch, rotation, translation, px)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.coefficients import LinearCoefficients
 from pyro_cryo.guides.exact import ExactGuide
-from pyro_cryo.guides.landscape import OneMap, climbed
+from pyro_cryo.guides.landscape import MapLikelihood, climbed
 from pyro_cryo.guides.pose_mixture import PosedGuide, PoseGaussians, PoseMixture
 from pyro_cryo.guides.pose_moments import matched
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
@@ -64,7 +64,7 @@ def modes(volume: Tensor, batch: Batch) -> PoseModes:
         torch.zeros(IMAGES, 2),
     )
     prior = PosePrior(torch.eye(3).expand(IMAGES, 3, 3), torch.zeros(IMAGES, 2), math.inf, SHIFT_SD)
-    found, _ = climbed(batch, OneMap(slope_grid(volume), sigma), start, prior, px, steps=10)
+    found, _ = climbed(batch, MapLikelihood(slope_grid(volume), sigma), start, prior, px, steps=10)
     for seed in range(3):
         found, _ = matched(batch, fourier_grid(volume), sigma, found, prior, px, seed=seed)
     return found
@@ -157,7 +157,7 @@ def test_z_is_guessed_at_the_pose_that_was_drawn() -> None:
         few.rotation[:, None], few.translation[:, None], torch.eye(5).expand(12, 1, 5, 5), torch.zeros(12, 1)
     )
     prior = PosePrior(few.rotation, few.translation, math.radians(3.0), 0.5)
-    found, _ = climbed(few, OneMap(slope_grid(mean), model.sigma.detach()), start, prior, few.freq_scale)
+    found, _ = climbed(few, MapLikelihood(slope_grid(mean), model.sigma.detach()), start, prior, few.freq_scale)
     guide = PosedGuide(
         PoseMixture(found, enumerated=False), ExactGuide(model, model.volume, model.coefficients), draws=50
     )

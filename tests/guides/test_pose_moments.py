@@ -13,7 +13,7 @@ from images import blobs, observed
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.guides.landscape import OneMap, climbed
+from pyro_cryo.guides.landscape import MapLikelihood, climbed
 from pyro_cryo.guides.pose_moments import log_likelihood, matched, normal_rule
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.physics.slices import fourier_grid, slope_grid
@@ -51,7 +51,7 @@ def laplace(volume: Tensor, batch: Batch, sigma: Tensor) -> PoseModes:
         torch.eye(5).expand(IMAGES, 1, 5, 5),
         torch.zeros(IMAGES, 1),
     )
-    return climbed(batch, OneMap(slope_grid(volume), sigma), start, anywhere(), batch.freq_scale, steps=8)[0]
+    return climbed(batch, MapLikelihood(slope_grid(volume), sigma), start, anywhere(), batch.freq_scale, steps=8)[0]
 
 
 def test_the_rule_is_exact_for_a_normal() -> None:
@@ -68,7 +68,7 @@ def test_the_rule_is_exact_for_a_normal() -> None:
 def test_the_likelihood_is_the_landscapes(volume: Tensor, batch: Batch, sigma: Tensor, laplace: PoseModes) -> None:
     pose = laplace.best
     flat = replace(anywhere(), shift_sd=1e6)
-    here = OneMap(slope_grid(volume), sigma).at(batch, *pose, batch.freq_scale).under(flat, *pose)
+    here = MapLikelihood(slope_grid(volume), sigma).at(batch, *pose, batch.freq_scale).under(flat, *pose)
     value = log_likelihood(batch, fourier_grid(volume), sigma, *pose, batch.freq_scale)
     torch.testing.assert_close(value, here.value, atol=0.05, rtol=1e-4)
 

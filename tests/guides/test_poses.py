@@ -11,7 +11,7 @@ from images import blobs, observed
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.guides.landscape import OneMap, climbed
+from pyro_cryo.guides.landscape import MapLikelihood, climbed
 from pyro_cryo.guides.poses import PoseModes, PosePrior, merged, moved
 from pyro_cryo.physics.rotations import angle_deg, exp, log, random_rotations
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slope_grid
@@ -57,7 +57,7 @@ def test_slopes_are_the_gradient_of_the_transform(volume: Tensor) -> None:
 
 
 def test_the_gradient_is_that_of_the_log_density(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
-    likely, prior, px = OneMap(slope_grid(volume), sigma), anywhere(batch), 1.5 * torch.ones(IMAGES)
+    likely, prior, px = MapLikelihood(slope_grid(volume), sigma), anywhere(batch), 1.5 * torch.ones(IMAGES)
     away = torch.randn(IMAGES, 5, generator=torch.Generator().manual_seed(2)) * torch.tensor([0.05] * 3 + [0.3] * 2)
     pose = moved(batch.rotation, batch.translation / 1.5, away)
     here = likely.at(batch, *pose, px).under(prior, *pose)
@@ -76,13 +76,13 @@ def test_modes_climb_back(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
     away = torch.randn(IMAGES, 5, generator=generator) * torch.tensor([math.radians(4)] * 3 + [0.5] * 2)
     prior = anywhere(batch)
     start = single(*moved(batch.rotation, batch.translation, away))
-    end, evidence = climbed(batch, OneMap(slopes, sigma), start, prior, px, steps=8)
+    end, evidence = climbed(batch, MapLikelihood(slopes, sigma), start, prior, px, steps=8)
     rotation, translation = end.best
     sd = torch.linalg.inv(end.precision[:, 0]).diagonal(dim1=1, dim2=2).median(0).values.sqrt()
     assert float(angle_deg(start.best[0], batch.rotation).median()) > 2 * math.degrees(float(sd[:3].norm()))
     assert float(angle_deg(rotation, batch.rotation).median()) < 1.3 * math.degrees(float(sd[:3].norm()))
     assert float((translation - batch.translation).norm(dim=1).median()) < 1.3 * float(sd[3:].norm())
-    _, more = climbed(batch, OneMap(slopes, sigma), end, prior, px, steps=4)
+    _, more = climbed(batch, MapLikelihood(slopes, sigma), end, prior, px, steps=4)
     assert bool((more >= evidence - 1e-2).all())
 
 
@@ -90,7 +90,7 @@ def test_the_gaussian_about_a_mode_covers_the_truth(volume: Tensor, batch: Batch
     """(mode - truth)' precision (mode - truth) is chi-square with 5 degrees of freedom where the map is true."""
     px, prior = torch.ones(IMAGES), anywhere(batch, shift_sd=100.0)
     end, _ = climbed(
-        batch, OneMap(slope_grid(volume), sigma), single(batch.rotation, batch.translation), prior, px, steps=8
+        batch, MapLikelihood(slope_grid(volume), sigma), single(batch.rotation, batch.translation), prior, px, steps=8
     )
     away = PosePrior(batch.rotation, batch.translation, 1.0, 1.0).away(*end.best)
     square = torch.einsum("ni,nij,nj->n", away, end.precision[:, 0], away)
@@ -106,7 +106,9 @@ def test_modes_weigh_by_their_mass(volume: Tensor, batch: Batch, sigma: Tensor) 
     modes = PoseModes(
         turned, batch.translation[:, None].expand(-1, 3, -1), torch.eye(5).expand(IMAGES, 3, 5, 5), weight
     )
-    end, _ = climbed(batch, OneMap(slope_grid(volume), sigma), modes, anywhere(batch), torch.ones(IMAGES), steps=3)
+    end, _ = climbed(
+        batch, MapLikelihood(slope_grid(volume), sigma), modes, anywhere(batch), torch.ones(IMAGES), steps=3
+    )
     share = end.log_weight.exp()
     torch.testing.assert_close(share.sum(1), torch.ones(IMAGES))
     assert float(share[:, 0].mean()) > 0.99
@@ -127,7 +129,7 @@ def test_draws_have_the_covariance_of_the_mode() -> None:
 def test_a_narrow_prior_holds_poses(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
     prior = PosePrior(batch.rotation, batch.translation, 1e-4, 1e-3)
     start = single(*moved(batch.rotation, batch.translation, 0.02 * torch.ones(IMAGES, 5)))
-    end, _ = climbed(batch, OneMap(slope_grid(volume), sigma), start, prior, torch.ones(IMAGES), steps=8)
+    end, _ = climbed(batch, MapLikelihood(slope_grid(volume), sigma), start, prior, torch.ones(IMAGES), steps=8)
     assert float(angle_deg(end.best[0], batch.rotation).max()) < 0.1
 
 
@@ -179,8 +181,8 @@ def test_a_peak_counts_once(volume: Tensor, batch: Batch, sigma: Tensor) -> None
         one.precision.expand(-1, 2, 5, 5),
         torch.full((IMAGES, 2), 0.5).log(),
     )
-    end, of_one = climbed(batch, OneMap(slopes, sigma), one, prior, px, steps=8)
-    both, of_two = climbed(batch, OneMap(slopes, sigma), two, prior, px, steps=8)
+    end, of_one = climbed(batch, MapLikelihood(slopes, sigma), one, prior, px, steps=8)
+    both, of_two = climbed(batch, MapLikelihood(slopes, sigma), two, prior, px, steps=8)
     assert float((both.log_weight.exp()[:, 0] > 0.999).float().mean()) > 0.9
     assert float((of_two - of_one).median().abs()) < 0.05
     assert bool((end.log_weight == 0).all())

@@ -35,7 +35,7 @@ def random_batch(count: int = 8) -> Batch:
     )
 
 
-class OneMap(CryoModel):
+class MapLikelihood(CryoModel):
     """A map without latent coordinates."""
 
     def __init__(self, box: int) -> None:
@@ -82,7 +82,7 @@ def test_beta_weighs_the_kl_divergence_alone() -> None:
 
 
 def test_without_latents_the_elbo_is_the_likelihood() -> None:
-    model, batch = OneMap(BOX), random_batch()
+    model, batch = MapLikelihood(BOX), random_batch()
     sigma = model.sigma[batch.noise_group][:, batch.half.shell, None]
     mean = model.signal(model.volume, None, batch.rotation, batch.translation, batch)
     expected = torch.distributions.Normal(mean, sigma).log_prob(batch.image).sum()
@@ -90,7 +90,7 @@ def test_without_latents_the_elbo_is_the_likelihood() -> None:
 
 
 def test_batches_that_stand_for_all_average_to_the_full_elbo() -> None:
-    model, whole = OneMap(BOX), random_batch()
+    model, whole = MapLikelihood(BOX), random_batch()
     elbo = Trace_ELBO()(model, model.make_guide())
     parts = [whole[torch.arange(4)].standing_for(8), whole[torch.arange(4, 8)].standing_for(8)]
     torch.testing.assert_close((elbo(parts[0]) + elbo(parts[1])) / 2, elbo(whole))
@@ -100,7 +100,7 @@ def test_batches_that_stand_for_all_average_to_the_full_elbo() -> None:
 
 
 def test_a_premultiplied_image_has_its_noise_scaled() -> None:
-    model, batch = OneMap(BOX), random_batch()
+    model, batch = MapLikelihood(BOX), random_batch()
     scale = 0.5 + torch.rand(len(batch), len(batch.half), generator=torch.Generator().manual_seed(2))
     scaled = Batch(
         **{**vars(batch), "image": batch.image * scale[..., None], "ctf": batch.ctf * scale, "noise_scale": scale}

@@ -1,0 +1,163 @@
+"""Poses of molecules that move, refined together with a linear family of maps.
+
+Where all images are compared with one map, poses follow what moves. In a family they need not; but what a turn or a
+shift of the whole molecule would do, a component of the family can do as well, and a pass hands little of it back. Two
+conditions part motion from pose:
+
+1. While poses climb, no component has a part in a rigid motion of the consensus (Eckart, Phys. Rev. 47 (1935) 552):
+   what moves as a whole is the pose's. The family is solved for anew in every pass, without that condition.
+2. Afterwards what z tells of the displacements from the table's poses is taken out of them: how far a table is off
+   owes nothing to the shape. So the frame is that of the table, in which, say, one domain stands still.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.coefficients import Projected
+from pyro_cryo.guides.family_landscape import FamilyLikelihood
+from pyro_cryo.guides.landscape import MapLikelihood
+from pyro_cryo.guides.poses import PoseModes, PosePrior
+from pyro_cryo.inference.family import Family, FamilySolver, motion_side
+from pyro_cryo.inference.pose_em import BATCH, PoseEM, Solved, box_of, march
+from pyro_cryo.inference.reconstruct import image_power, reconstruct, sample_rows
+from pyro_cryo.inference.refine import STEPS, first_band
+from pyro_cryo.inference.stages import Posed, Reached, Stage, through
+from pyro_cryo.physics.fourier import HalfPlane, resize
+from pyro_cryo.physics.rotations import exp
+from pyro_cryo.physics.slices import fourier_grid, slope_grid
+from pyro_cryo.progress import Progress, quiet
+
+COMPONENTS = 8
+CONTRAST_SD = 0.1
+FREE = 3  # last passes, in which components may have any part
+UNTIED = 2  # last but one pass in which displacements are freed of z, counted from the end
+CURVED = 4  # principal components of z whose squares and cubes tell of displacements too
+
+
+def refined_with_motion(
+    particles: Particles,
+    prior: PosePrior,
+    symmetry: Tensor,
+    *,
+    components: int = COMPONENTS,
+    first: float | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = quiet,
+    kept: Path | None = None,
+) -> Posed:
+    """Posteriors of poses about those that are known roughly, in a family of maps; the consensus.
+
+    prior:      its centre is where poses begin; where its turn_sd is infinite they only begin there
+    symmetry:   (G, 3, 3) point group of every map
+    components: of the family, at most
+    first:      band of the first pass, cycles a box (default: as unsure as the prior is)
+    kept:       file of the state after each pass, from which a killed refinement goes on
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
+    em = PoseEM(particles, prior, symmetry.to(device), sigma, generator, progress)
+    first = first_band(prior, particles.box) if first is None else first
+    bands = [first, *march(first, particles.box / 2 - 1)]
+    modes = PoseModes.single(prior.rotation, prior.translation)
+    stages: list[Stage] = []
+    for number, band in enumerate(bands):
+        left = len(bands) - number
+        stages.append(partial(_passed, em, modes, band, components, left > FREE, left >= UNTIED))
+    return through(em, stages, kept)
+
+
+def _passed(
+    em: PoseEM, start: PoseModes, band: float, components: int, eckart: bool, untied: bool, reached: Reached | None
+) -> Reached:
+    """The family of the poses as they are; all images climb in it."""
+    modes = start if reached is None else reached.modes
+    whole, box = em.particles.box, box_of(band, em.particles.box)
+    poses = modes.best if reached is None else modes.drawn(em.generator)
+    images = replace(em.particles, box=box).with_poses(poses[0], poses[1] * (box / whole))
+    found = reconstruct(images, symmetry=em.symmetry, device=em.device, generator=em.generator, progress=em.progress)
+    solver = FamilySolver(images, found, em.symmetry, generator=em.generator, progress=em.progress)
+    family = solver.subspace(components, motion_side(found), CONTRAST_SD)
+    likelihood = _likelihood(family, found.volume, eckart)
+    everyone, evidence, z = torch.arange(len(em.particles)), torch.zeros((), device=em.device), []
+    grid, scale, low = fourier_grid(family.maps), box / family.maps.shape[-1], likelihood.count
+    for batch, mine, gain in em.climbing(everyone, modes, likelihood, box, band, STEPS):
+        evidence += gain.sum()
+        posed = em.posed(batch, *mine.best).band(min(low, len(batch.half)))
+        z.append(family.coefficients.moments(Projected.of(posed, grid, family.sigma, scale).seen()).z.cpu())
+    if untied and math.isfinite(em.prior.turn_sd):
+        modes = free_of(modes, em.prior, torch.cat(z))
+    em.prior = em.prior.learned(modes)
+    last = box // 2 + (1 if box == whole else 0)
+    em.sigma[:, 1:last] = family.sigma[:, 1:last] * (whole / box)
+    mean = float(evidence) / len(everyone)
+    em.progress.note(f"log evidence {mean:.2f}")
+    return Reached(Solved(found.volume, torch.zeros(box // 2 + 1, device=em.device)), modes, mean)
+
+
+def _likelihood(family: Family, consensus: Tensor, eckart: bool) -> FamilyLikelihood:
+    side, box = family.maps.shape[-1], len(consensus)
+    maps = family.maps
+    if eckart:
+        maps = torch.cat([maps[:1], without_rigid(maps[1:], resize(consensus, side))])
+    slopes = torch.stack([slope_grid(one) for one in maps], -1).flatten(3)
+    count = int(HalfPlane.of(box).count(side / 2 - 1e-3))
+    beyond = MapLikelihood(slope_grid(consensus), family.sigma)
+    return FamilyLikelihood(slopes, family.coefficients, family.sigma, box / side, count, beyond)
+
+
+def without_rigid(components: Tensor, volume: Tensor) -> Tensor:
+    """Maps (C, b, b, b) less their part in shifts and turns of a map (b, b, b): orthogonal to its six generators."""
+    rigid = generators(volume).flatten(1)
+    part = torch.linalg.solve(rigid @ rigid.T, rigid @ components.flatten(1).T)
+    return components - (part.T @ rigid).view_as(components)
+
+
+def generators(volume: Tensor) -> Tensor:
+    """How a map (b, b, b) changes with a shift along, and with a turn about, x, y and z: (6, b, b, b)."""
+    b = len(volume)
+    k = 2 * math.pi * torch.fft.fftfreq(b, device=volume.device)
+    k[b // 2] = 0  # Nyquist has no derivative
+    transform, axis = torch.fft.fftn(volume), torch.arange(b, device=volume.device) - b // 2
+    dx, dy, dz = (torch.fft.ifftn(1j * transform * g).real for g in (k, k[:, None], k[:, None, None]))
+    x, y, z = axis, axis[:, None], axis[:, None, None]
+    return -torch.stack([dx, dy, dz, y * dz - z * dy, z * dx - x * dz, x * dy - y * dx])
+
+
+def free_of(modes: PoseModes, prior: PosePrior, z: Tensor) -> PoseModes:
+    """Posteriors whose displacements from the prior's centre do not depend on z (N, zdim).
+
+    The best poses' turns in the volume's frame, and the shifts of the volume that shifts of images show, are regressed
+    on z and on powers of its principal components; what is told, shrunk by what chance would tell (James and Stein), is
+    undone in all modes.
+    """
+    rotation, translation = modes.best
+    features = _features(z)
+    turn = (prior.rotation.mT @ prior.away(rotation, translation)[:, :3, None])[..., 0]
+    told = features @ _shrunk(features.T @ turn, turn)
+    shift = (translation - prior.translation).reshape(-1, 1)
+    seen = torch.einsum("nic,nf->nicf", rotation[:, :2], features).flatten(0, 1).flatten(1)
+    basis = torch.linalg.qr(seen)[0]
+    moved = (basis @ _shrunk(basis.T @ shift, shift)).view_as(translation)
+    return replace(modes, rotation=modes.rotation @ exp(-told)[:, None], translation=modes.translation - moved[:, None])
+
+
+def _features(z: Tensor) -> Tensor:
+    """1, z, and squares and cubes of its leading principal components, orthonormal over the images: (N, F)."""
+    centred = z - z.mean(0)
+    leading = torch.linalg.svd(centred, full_matrices=False)[0][:, :CURVED] * len(z) ** 0.5
+    return torch.linalg.qr(torch.cat([torch.ones_like(z[:, :1]), centred, leading.square(), leading**3], 1))[0]
+
+
+def _shrunk(coefficient: Tensor, target: Tensor) -> Tensor:
+    """Coefficients (F, q) on orthonormal features of targets (N, q), less what chance gives them."""
+    left = (target.square().sum(0) - coefficient.square().sum(0)) / (len(target) - len(coefficient))
+    return coefficient * (1 - left / coefficient.square().clamp_min(1e-30)).clamp_min(0)
