@@ -229,7 +229,8 @@ class _Loop:
             run.poses = find_poses(self.model, self.particles, self.settings.seed, self.progress, kept)
             if folder is not None:
                 write_poses(folder, run.poses)
-                (folder / "poses.part.pt").unlink(missing_ok=True)
+                for path in folder.glob("*poses.part.pt"):
+                    path.unlink()
         learn_spread(self.model, self.particles, run.poses)
         vars(run).pop("particles", None)
         self.particles = run.particles
