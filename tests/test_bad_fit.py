@@ -103,7 +103,7 @@ WITHOUT_MODEL = "class Model:\n    pass\n"
 MODELS: dict[str, tuple[Kind, str]] = {
     "unknown model": (
         lambda d: d.fit("--model", "cryodragon"),
-        "model 'cryodragon' is not known; expected circle, classes",
+        "model 'cryodragon' is not known; expected ab_initio, circle, classes",
     ),
     "no model file": (lambda d: d.fit("--model", d.folder / "m.py"), "m.py does not exist"),
     "model file without a model": (

@@ -1,4 +1,4 @@
-"""What images say about their poses where the map is not one: a family of maps, or any model's images.
+"""What images say about their poses where they show a family of maps.
 
 With y the coefficients of an image in a basis of maps, E their posterior moments at a pose, the gradient of
 log p(image | pose), y integrated out, is that of log p(image | pose, y) averaged over the posterior of y, whatever its
@@ -9,8 +9,7 @@ it: the Schur complement of y.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,11 +17,8 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.coefficients import Coefficients, Seen
 from pyro_cryo.guides.landscape import Landscape, MapLikelihood, turned, whitened
-from pyro_cryo.model import CryoModel, noise_of
-from pyro_cryo.physics.rotations import exp
 from pyro_cryo.physics.slices import GridPoints, slice_coordinates
 
-STEP = 4e-3  # radians of a difference: an eighth of a cycle at 32 cycles a box
 EXPLAINED = 0.99  # at most, of a direction of the slices
 
 
@@ -80,37 +76,6 @@ class FamilyLikelihood:
         covariance = moments.yy - moments.y[:, :, None] * moments.y[:, None]
         information = columns @ columns.mT - _explained(cross, covariance, seen.gram)
         return Landscape(moments.evidence, gradient, information)
-
-
-@dataclass(frozen=True)
-class ModelLikelihood:
-    """Any model's images, at the posterior mean of z that its guide has at a pose; slopes are differences.
-
-    model, guide: of a fit; the guide has `posterior`
-    """
-
-    model: CryoModel
-    guide: Any
-
-    def at(self, batch: Batch, rotation: Tensor, translation: Tensor, px: Tensor) -> Landscape:
-        """As `PoseLikelihood` says, z held at its mean."""
-        posed = replace(batch, rotation=rotation, translation=translation * px[:, None])
-        with torch.no_grad():
-            z = self.guide.posterior(posed)[0]
-            steps = STEP * torch.eye(3, device=rotation.device)
-            sd = noise_of(batch, self.model.sigma)
-            mean = self._image(posed, z) / sd
-            turns = [self._image(replace(posed, rotation=exp(step) @ rotation), z) / sd for step in steps]
-        slopes = [(turn - mean) / STEP for turn in turns]
-        wave = torch.view_as_real(-2j * math.pi / batch.half.box * torch.view_as_complex(mean.contiguous()))
-        slopes += [wave * batch.half.k[:, axis, None] * px[:, None, None] for axis in range(2)]
-        columns, image, expected = torch.stack(slopes, 1).flatten(2), (batch.image / sd).flatten(1), mean.flatten(1)
-        left = image - expected
-        value = 0.5 * (image.square().sum(1) - left.square().sum(1))
-        return Landscape(value, (columns @ left[..., None])[..., 0], columns @ columns.mT)
-
-    def _image(self, batch: Batch, z: Tensor) -> Tensor:
-        return self.model.signal(self.model.density(), z, batch.rotation, batch.translation, batch)
 
 
 def _explained(cross: Tensor, covariance: Tensor, gram: Tensor) -> Tensor:

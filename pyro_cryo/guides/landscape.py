@@ -1,7 +1,7 @@
 """The climb to the modes of poses' posteriors: what an image says near a pose, and the steps uphill.
 
-What an image is expected to be at a pose, a `PoseLikelihood` knows: in one map, in a family of maps with its
-coefficients integrated out, or in any model. Newton's method with the Gauss-Newton information climbs to the mode of an
+What an image is expected to be at a pose, a `PoseLikelihood` knows: in one map, or in a family of maps with its
+coefficients integrated out. Newton's method with the Gauss-Newton information climbs to the mode of an
 image's posterior in a few steps; this information is the precision of the Gaussian about it (Laplace's approximation).
 """
 

@@ -13,7 +13,8 @@ conditions part motion from pose:
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +38,9 @@ from pyro_cryo.progress import Progress, quiet
 
 COMPONENTS = 8
 CONTRAST_SD = 0.1
-FREE = 3  # last passes, in which components may have any part
-UNTIED = 2  # last but one pass in which displacements are freed of z, counted from the end
-CURVED = 4  # principal components of z whose squares and cubes tell of displacements too
+HELD = 3  # passes in which components have no rigid part
+CURVED_PASSES = 2  # last ones, in a family that bends, from all frequencies
+LEADING = 4  # principal components of z whose squares and cubes tell of displacements too
 
 
 def refined_with_motion(
@@ -67,16 +68,41 @@ def refined_with_motion(
     em = PoseEM(particles, prior, symmetry.to(device), sigma, generator, progress)
     first = first_band(prior, particles.box) if first is None else first
     bands = [first, *march(first, particles.box / 2 - 1)]
-    modes = PoseModes.single(prior.rotation, prior.translation)
-    stages: list[Stage] = []
-    for number, band in enumerate(bands):
-        left = len(bands) - number
-        stages.append(partial(_passed, em, modes, band, components, left > FREE, left >= UNTIED))
+    start = PoseModes.single(prior.rotation, prior.translation)
+    stages: list[Stage] = [
+        partial(_passed, em, start, band, _Linear(components), number < HELD) for number, band in enumerate(bands)
+    ]
+    stages += [partial(_passed, em, start, bands[-1], _Curved(components), False)] * CURVED_PASSES
     return through(em, stages, kept)
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """The linear family of at most so many components."""
+
+    components: int
+
+    def __call__(self, solver: FamilySolver, side: int) -> Family:
+        return solver.subspace(self.components, side, CONTRAST_SD)
+
+
+@dataclass(frozen=True)
+class _Curved:
+    """The same, bent."""
+
+    components: int
+
+    def __call__(self, solver: FamilySolver, side: int) -> Family:
+        return solver.manifold(solver.coarse_subspace(self.components, side, CONTRAST_SD), side)
+
+
 def _passed(
-    em: PoseEM, start: PoseModes, band: float, components: int, eckart: bool, untied: bool, reached: Reached | None
+    em: PoseEM,
+    start: PoseModes,
+    band: float,
+    solve: Callable[[FamilySolver, int], Family],
+    eckart: bool,
+    reached: Reached | None,
 ) -> Reached:
     """The family of the poses as they are; all images climb in it."""
     modes = start if reached is None else reached.modes
@@ -85,7 +111,7 @@ def _passed(
     images = replace(em.particles, box=box).with_poses(poses[0], poses[1] * (box / whole))
     found = reconstruct(images, symmetry=em.symmetry, device=em.device, generator=em.generator, progress=em.progress)
     solver = FamilySolver(images, found, em.symmetry, generator=em.generator, progress=em.progress)
-    family = solver.subspace(components, motion_side(found), CONTRAST_SD)
+    family = solve(solver, motion_side(found))
     likelihood = _likelihood(family, found.volume, eckart)
     everyone, evidence, z = torch.arange(len(em.particles)), torch.zeros((), device=em.device), []
     grid, scale, low = fourier_grid(family.maps), box / family.maps.shape[-1], likelihood.count
@@ -93,7 +119,7 @@ def _passed(
         evidence += gain.sum()
         posed = em.posed(batch, *mine.best).band(min(low, len(batch.half)))
         z.append(family.coefficients.moments(Projected.of(posed, grid, family.sigma, scale).seen()).z.cpu())
-    if untied and math.isfinite(em.prior.turn_sd):
+    if math.isfinite(em.prior.turn_sd):
         modes = free_of(modes, em.prior, torch.cat(z))
     em.prior = em.prior.learned(modes)
     last = box // 2 + (1 if box == whole else 0)
@@ -153,7 +179,7 @@ def free_of(modes: PoseModes, prior: PosePrior, z: Tensor) -> PoseModes:
 def _features(z: Tensor) -> Tensor:
     """1, z, and squares and cubes of its leading principal components, orthonormal over the images: (N, F)."""
     centred = z - z.mean(0)
-    leading = torch.linalg.svd(centred, full_matrices=False)[0][:, :CURVED] * len(z) ** 0.5
+    leading = torch.linalg.svd(centred, full_matrices=False)[0][:, :LEADING] * len(z) ** 0.5
     return torch.linalg.qr(torch.cat([torch.ones_like(z[:, :1]), centred, leading.square(), leading**3], 1))[0]
 
 

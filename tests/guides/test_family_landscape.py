@@ -1,4 +1,4 @@
-"""What images say about their poses in a family of maps, its coefficients integrated out, and in any model."""
+"""What images say about their poses in a family of maps, its coefficients integrated out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions.image import LowRankFourier
 from pyro_cryo.guides.coefficients import LinearCoefficients
-from pyro_cryo.guides.family_landscape import FamilyLikelihood, ModelLikelihood
+from pyro_cryo.guides.family_landscape import FamilyLikelihood
 from pyro_cryo.guides.landscape import Landscape, MapLikelihood
 from pyro_cryo.guides.poses import moved
 from pyro_cryo.model import form_image
-from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.fourier import HalfPlane, resize
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates, slope_grid
 
@@ -55,7 +54,7 @@ def poses(batch: Batch, seed: int = 2) -> tuple[Tensor, Tensor]:
     return moved(batch.rotation, batch.translation, away * torch.tensor([0.05] * 3 + [0.3] * 2))
 
 
-def differences(likelihood: FamilyLikelihood | ModelLikelihood, batch: Batch, px: Tensor) -> tuple[Landscape, Tensor]:
+def differences(likelihood: FamilyLikelihood, batch: Batch, px: Tensor) -> tuple[Landscape, Tensor]:
     """The landscape at poses, and its gradient by differences."""
     pose, slopes = poses(batch), []
     for axis, step in enumerate([0.01] * 3 + [0.05] * 2):
@@ -122,19 +121,3 @@ def test_the_information_is_what_the_coefficients_leave(maps: Tensor, batch: Bat
     assert bool((torch.linalg.eigvalsh(here) > 0).all())
     less = here.diagonal(dim1=1, dim2=2).sum(1) / alone.diagonal(dim1=1, dim2=2).sum(1)
     assert float(less.median()) < 0.97
-
-
-def test_any_model_has_a_landscape(maps: Tensor, batch: Batch, sigma: Tensor) -> None:
-    """A model's own images at the posterior mean of z: near the family's mode it is the family's landscape."""
-    model = LinearSubspace(BOX, zdim=MAPS - 1, contrast=0.0)
-    model.volume.set(maps)
-    model.consensus.set(maps[0])
-    model.log_sigma.data.fill_(float(torch.tensor(SIGMA).log()))
-    story = ModelLikelihood(model, model.make_guide())
-    here, px = family(maps, sigma, BOX), torch.ones(IMAGES)
-    rotation, translation = batch.rotation, batch.translation
-    a, b = here.at(batch, rotation, translation, px), story.at(batch, rotation, translation, px)
-    error = (a.gradient - b.gradient).norm(dim=0) / a.gradient.norm(dim=0)
-    assert float(error.max()) < 0.35
-    _, slope = differences(story, batch, px)
-    assert float((story.at(batch, *poses(batch), px).gradient - slope).norm() / slope.norm()) < 0.3
