@@ -163,8 +163,10 @@ class Search:
         """The peaks of images of the map's box; sigma (noise groups, b / 2 + 1)."""
         held = NUMBERS if self.half.k.device.type == "cpu" else NUMBERS_GPU
         rows = max(1, held // (len(self.cells) * len(self.shifts)))
-        parts = torch.arange(len(batch), device=batch.image.device).split(rows)
-        return Found.of([self._of(batch[part], sigma) for part in parts])
+        # Images of one field of view have the same slices: their tables are by field.
+        fields = [(batch.freq_scale == scale).nonzero()[:, 0] for scale in batch.freq_scale.unique()]
+        parts = [part for images in fields for part in images.split(rows)]
+        return Found.of([self._of(batch[part], sigma) for part in parts])[torch.cat(parts).argsort()]
 
     def _of(self, batch: Batch, sigma: Tensor) -> Found:
         first, *finer = self.levels
@@ -201,9 +203,8 @@ class Search:
         return value
 
     def _slices(self, low: Batch, level: Level, rotation: Tensor) -> Tensor:
-        """Slices at cells (C,) or (B, C): (C, P) or (B, C, P) complex."""
+        """Slices at cells (C,) or (B, C), of images of one field of view: (C, P) or (B, C, P) complex."""
         scale = float(low.freq_scale[0])
-        assert bool((low.freq_scale == scale).all())
         if rotation_grid.count(level.rotations) * len(low.half) > TABLE:
             return self._read(low, level, scale, rotation)
         key = (level, scale)

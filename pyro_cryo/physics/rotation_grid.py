@@ -66,6 +66,8 @@ def covering(level: int, symmetry: Tensor) -> Tensor:
     They are `cells` and what fills the gaps, looked for at 64 points a pixel: up to 1.6 times 1 / G of all at level 2,
     1.3 at level 3. Some orbits are then in two cells.
     """
+    if len(symmetry) == 1:
+        return cells(level, device=symmetry.device)
     pixel = torch.arange(12 * 4**level, device=symmetry.device)
     kept = in_unit(healpix.centre(pixel, level), symmetry)
     point = healpix.centre(torch.arange(12 * 4 ** (level + 3), device=symmetry.device), level + 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -127,6 +128,12 @@ def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypa
     run = fit(model, true)
     assert asked == [1.25]
     torch.testing.assert_close(run.particles.rotation, true.rotation)
+
+
+def test_poses_of_tilt_pairs_are_taken_as_they_are(true: Particles) -> None:
+    pairs = dataclasses.replace(true, table=dataclasses.replace(true.table, particle=torch.arange(COUNT) // 2))
+    with pytest.raises(ValueError, match="300 images of 150 particles: poses of tilt series are taken as they are"):
+        fit(refining(BOX), pairs)
 
 
 def test_a_prior_that_nothing_solves_for_is_refused(true: Particles) -> None:

@@ -54,6 +54,18 @@ def test_one_level_is_the_posterior_over_its_grid(volume: Tensor, batch: Batch, 
     assert bool((found.left_out == 0).all())
 
 
+def test_images_of_several_fields_of_view_are_found_as_each_alone(volume: Tensor, sigma: Tensor) -> None:
+    scale = torch.where(torch.arange(IMAGES) % 3 == 0, 1.0, 0.85)
+    mixed = observed(volume, IMAGES, 0.5, scale)
+    search = Search(volume, (Level(1, 2, 4.5), Level(2, 3, 7.0)), 3.0, SHIFT_SD, EVERY, beam=24)
+    found = search(mixed, 0.5 * sigma)
+    assert float((angle_deg(found.rotation[:, 0], mixed.rotation) < 20).float().mean()) > 0.8
+    for each in (1.0, 0.85):
+        rows = (scale == each).nonzero()[:, 0]
+        alone = search(mixed[rows], 0.5 * sigma)
+        torch.testing.assert_close(found[rows].log_mass, alone.log_mass, atol=1e-2, rtol=1e-4)
+
+
 def test_a_beam_finds_what_the_whole_grid_finds(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
     whole = Search(volume, (Level(2, 3, 7.0),), 3.0, SHIFT_SD, EVERY)(batch, sigma)
     beam = Search(volume, (Level(1, 2, 4.5), Level(2, 3, 7.0)), 3.0, SHIFT_SD, EVERY, beam=24)(batch, sigma)
