@@ -63,7 +63,7 @@ class FamilyLikelihood:
             return turned(along * batch.freq_scale[:, None, None], shifted * px[:, None], batch.half)
 
         slope = by_pose(
-            wave * torch.einsum("bpac,bc->bpa", read[..., 1:, :], weight),
+            voxel * torch.einsum("bpac,bc->bpa", read[..., 1:, :], weight),
             wave * torch.einsum("bpc,bc->bp", slices, weight),
         )
         columns = torch.view_as_real(slope.contiguous()).flatten(2)
@@ -71,8 +71,7 @@ class FamilyLikelihood:
         gained = [(read[..., a, :].conj() * left).sum(-1) for a in range(4)]
         by_axis = torch.stack([(voxel.conjugate() * gain).real for gain in gained[1:]], -1)
         gradient = by_pose(by_axis, (wave.conjugate() * gained[0]).real).sum(-1)
-        basis = torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
-        cross = columns @ basis
+        cross = columns @ torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
         covariance = moments.yy - moments.y[:, :, None] * moments.y[:, None]
         information = columns @ columns.mT - _explained(cross, covariance, seen.gram)
         return Landscape(moments.evidence, gradient, information)

@@ -121,3 +121,12 @@ def test_the_information_is_what_the_coefficients_leave(maps: Tensor, batch: Bat
     assert bool((torch.linalg.eigvalsh(here) > 0).all())
     less = here.diagonal(dim1=1, dim2=2).sum(1) / alone.diagonal(dim1=1, dim2=2).sum(1)
     assert float(less.median()) < 0.97
+
+
+def test_a_basis_on_a_small_box_is_that_on_the_large_one(maps: Tensor, batch: Batch, sigma: Tensor) -> None:
+    """Where the maps show nothing beyond its band."""
+    coarse, low = resize(resize(maps, SIDE), BOX), batch.band(int(HalfPlane.of(BOX).count(SIDE / 2 - 1.5)))
+    pose, px = poses(batch), torch.ones(IMAGES)
+    large, small = (family(coarse, sigma, side).at(low, *pose, px) for side in (BOX, SIDE))
+    for a, b in zip(large.tensors, small.tensors, strict=True):
+        assert float((a - b).norm() / a.norm()) < 0.05
