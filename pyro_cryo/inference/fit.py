@@ -174,9 +174,9 @@ def _saved(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | None:
         raise ValueError(f"{folder} is a fit of other particles; resume with the input of its run.json")
     reference, then_reference = model_reference(run.model), record["model"]
     poses = pose_reference(run.model)
-    now = {"model": reference["class"], "poses": poses, **json_arguments(run.model), **asdict(settings)}
-    then = {"model": then_reference["class"], "poses": poses, **record["arguments"], **record["settings"]}
-    then["poses"] = record.get("poses", poses)
+    now = {"model": reference["class"], "poses": _said(poses), **json_arguments(run.model), **asdict(settings)}
+    then_poses = _said(record.get("poses", poses))
+    then = {"model": then_reference["class"], "poses": then_poses, **record["arguments"], **record["settings"]}
     for name in ("device", "compile", "save_every_s"):  # where and how, not what
         now.pop(name)
     changed = [name for name, value in now.items() if then.get(name) != value]
@@ -186,6 +186,11 @@ def _saved(folder: Path, run: Run, settings: Settings) -> dict[str, Any] | None:
     if reference.get("sha256") != then_reference.get("sha256"):
         raise ValueError(f"{reference.get('file')} has changed since the fit; resume with the model as it was")
     return load_checkpoint(folder, settings.device) if (folder / CHECKPOINT).exists() else None
+
+
+def _said(poses: dict[str, Any]) -> str:
+    """A prior of poses as it is typed."""
+    return f"{poses['class']}({', '.join(f'{name}={value:g}' for name, value in poses['arguments'].items())})"
 
 
 class _Loop:

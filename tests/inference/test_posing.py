@@ -110,7 +110,9 @@ def test_a_fit_killed_after_the_poses_does_not_find_them_again(
 
 def test_other_poses_are_not_resumed(rough: Particles, run: Run) -> None:
     assert run.folder is not None
-    with pytest.raises(ValueError, match="was fitted with poses"):
+    with pytest.raises(
+        ValueError, match=r"was fitted with poses PoseAbout\(turn_sd_deg=6, shift_sd_px=1.5\), not KnownPose\(\)"
+    ):
         fit(Homogeneous(BOX), rough, run.folder, resume=True)
 
 
