@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.distributions.views import Views
+from pyro_cryo.distributions.views import counted
 from pyro_cryo.physics.fourier import HalfPlane, shift_phase
 from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.pose import KnownPose
@@ -165,11 +165,6 @@ class NoGuide(nn.Module):
 
     def forward(self, batch: Batch) -> None:
         """Nothing to sample."""
-
-
-def counted(each: TorchDistributionMixin, batch: Batch) -> TorchDistributionMixin:
-    """What images have each on their own, of batch shape (*batch, B), as a site of the plate of particles."""
-    return Views(each, batch.particle, batch.particles) if batch.several else each
 
 
 def noise_of(batch: Batch, sigma: Tensor) -> Tensor:

@@ -4,7 +4,9 @@
     PoseAbout   R_i = exp([v]x) R0_i,  v ~ Normal(0, turn_sd^2),  t_i ~ Normal(t0_i, shift_sd^2)
     AnyPose     R_i ~ Haar measure of SO(3),                      t_i ~ Normal(0, shift_sd^2)
 
-R0_i and t0_i are the table's consensus. A spread of shifts is in pixels of the model's box; the site `translation`, as
+R0_i and t0_i are the table's consensus. A particle that is seen in several images, a tilt pair or a series, has one
+rotation, that of its first view; the others are turned from it as the table says, R_iv = T_iv R_i, and each image has a
+shift of its own. A spread of shifts is in pixels of the model's box; the site `translation`, as
 a batch's translations, is in pixels of the image's own field of view: freq_scale times as many.
 
     model = CryoDRGN(particles.box, zdim=4)
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions.so3 import TangentNormal, UniformRotation
+from pyro_cryo.distributions.views import counted
 
 
 class KnownPose(nn.Module):
@@ -56,10 +59,10 @@ class PoseAbout(nn.Module):
         self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sample `rotation` (B, 3, 3) and `translation` (B, 2)."""
+        """Sample `rotation` (n, 3, 3), of the particles, and `translation` (B, 2); give those of the images."""
         spread = self.turn_sd * torch.eye(3, device=batch.rotation.device)
-        rotation = pyro.sample("rotation", TangentNormal(batch.rotation, spread))
-        return rotation, _shift_about(batch.translation, self.shift_sd, batch)
+        rotation = pyro.sample("rotation", TangentNormal(batch.rotation[batch.first], spread))
+        return seen_from(rotation, batch), _shift_about(batch.translation, self.shift_sd, batch)
 
 
 class AnyPose(nn.Module):
@@ -77,10 +80,15 @@ class AnyPose(nn.Module):
         self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sample `rotation` (B, 3, 3) and `translation` (B, 2)."""
-        uniform = UniformRotation((len(batch),), dtype=batch.image.dtype, device=batch.image.device)
+        """Sample `rotation` (n, 3, 3), of the particles, and `translation` (B, 2); give those of the images."""
+        uniform = UniformRotation((batch.particles,), dtype=batch.image.dtype, device=batch.image.device)
         rotation = pyro.sample("rotation", uniform)
-        return rotation, _shift_about(torch.zeros_like(batch.translation), self.shift_sd, batch)
+        return seen_from(rotation, batch), _shift_about(torch.zeros_like(batch.translation), self.shift_sd, batch)
+
+
+def seen_from(rotation: Tensor, batch: Batch) -> Tensor:
+    """Rotations of particles' first views (*batch, n, 3, 3) as those of their images: (*batch, B, 3, 3)."""
+    return batch.relative @ batch.of_images(rotation, -3) if batch.several else rotation
 
 
 def _check_shift(shift_sd_px: float) -> None:
@@ -91,4 +99,4 @@ def _check_shift(shift_sd_px: float) -> None:
 
 def _shift_about(centre: Tensor, shift_sd: Tensor, batch: Batch) -> Tensor:
     own = (shift_sd * batch.freq_scale)[:, None]
-    return pyro.sample("translation", dist.Normal(centre, own).to_event(1))
+    return pyro.sample("translation", counted(dist.Normal(centre, own).to_event(1), batch))

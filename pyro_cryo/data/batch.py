@@ -87,6 +87,23 @@ class Batch:
         return values.new_zeros(shape).index_add_(dim, self.particle, values)
 
     @property
+    def first(self) -> Tensor:
+        """(n,) long, which image is the first of each particle."""
+        return first_of(self.particle, self.particles)
+
+    @property
+    def relative(self) -> Tensor:
+        """(B, 3, 3) T with R = T R_first: each image's view as seen from that of its particle's first."""
+        return self.rotation @ self.of_images(self.rotation[self.first]).mT
+
+    def copies(self, rows: Tensor, copy: Tensor) -> Batch:
+        """Images (m,) long, again and again: those of one particle and of one copy (m,) are a particle of their own."""
+        if not self.several:
+            return self[rows]
+        particle, first = numbered(self.particle[rows] * (int(copy.max()) + 1) + copy)
+        return replace(self[rows], particle=particle, shown=self.shown[self.particle[rows]][first], size=len(first))
+
+    @property
     def views(self) -> Tensor:
         """(n,) how many images each particle has."""
         return self.by_particle(torch.ones_like(self.freq_scale))
@@ -118,10 +135,15 @@ class Batch:
         return replace(self, half=half, image=self.image[:, part], ctf=self.ctf[:, part], noise_scale=noise_scale)
 
 
+def first_of(number: Tensor, count: int) -> Tensor:
+    """Where each of the numbers 0 ... count - 1 is first in (B,): (count,) long, B for one that is not there."""
+    here = torch.arange(len(number), device=number.device)
+    return number.new_full((count,), len(number)).scatter_reduce(0, number, here, "amin")
+
+
 def numbered(name: Tensor) -> tuple[Tensor, Tensor]:
     """Equal numbers (B,) as equal numbers 0, 1, ... in the order in which they first appear, and where that is (n,)."""
     different, number = name.unique(return_inverse=True)
-    here = torch.arange(len(name), device=name.device)
-    first = torch.full_like(different, len(name)).scatter_reduce(0, number, here, "amin")
+    first = first_of(number, len(different))
     order = first.argsort()
     return order.argsort()[number], first[order]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.batch import Batch, numbered
+from pyro_cryo.data.batch import Batch, first_of, numbered
 from pyro_cryo.data.open import opened
 from pyro_cryo.data.order import Order
 from pyro_cryo.data.pixels import Pixels, chunks
@@ -152,6 +152,37 @@ class Particles:
     def n_particles(self) -> int:
         """How many particles there are: N, or fewer for tilt series."""
         return int(self.particle.max()) + 1 if len(self) else 0
+
+    @property
+    def several(self) -> bool:
+        """Whether any particle has several images."""
+        return self.n_particles < len(self)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """(n,) long: the row of each particle's first image."""
+        return first_of(self.particle, self.n_particles)
+
+    def of_images(self, values: Tensor) -> Tensor:
+        """What each particle has (n, ...) as what each image has, (N, ...)."""
+        return values[self.particle] if self.several else values
+
+    @cached_property
+    def relative(self) -> Tensor:
+        """(N, 3, 3) T with R = T R_first: each image's view as seen from that of its particle's first.
+
+        From the poses where there are any. Raises ValueError where nothing tells.
+        """
+        if self.table.rotation is not None:
+            return self.rotation @ self.of_images(self.rotation[self.first]).mT
+        if self.table.view is not None:
+            return self.table.view @ self.of_images(self.table.view[self.first]).mT
+        if not self.several:
+            return torch.eye(3).expand(len(self), 3, 3)
+        raise ValueError(
+            f"{self.table.path} has {len(self)} images of {self.n_particles} particles and does not say how their "
+            "views lie to each other; give poses, which need only be right within a particle"
+        )
 
     @property
     def ctf(self) -> CTF | None:

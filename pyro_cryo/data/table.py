@@ -56,6 +56,7 @@ class Table:
     exposure: (N,) electrons an A^2 that the specimen had taken before, or None
     half_set: (N,) int8, 1 or 2, 0 where unknown
     particle: (N,) long, which particle the image shows; a tilt series has several images of one
+    view:     (N, 3, 3) float32, how views of one particle lie to each other where no poses say so: R = view R_particle
     source:   the rows of the input, to be written out again: a DataFrame, a structured array or None
     optics:   the optics table of the input, or None
     """
@@ -73,6 +74,7 @@ class Table:
     exposure: Tensor | None
     half_set: Tensor
     particle: Tensor
+    view: Tensor | None = None
     source: Any = None
     optics: Any = None
 
@@ -97,6 +99,7 @@ class Table:
             exposure=None if self.exposure is None else self.exposure[rows],
             half_set=self.half_set[rows],
             particle=numbered(self.particle[rows])[0],
+            view=None if self.view is None else self.view[rows],
             source=source,
         )
 

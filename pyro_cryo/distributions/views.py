@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -68,3 +68,24 @@ class Views(TorchDistribution):
         """Log density of each particle's values: (*batch, n)."""
         each = self.base.log_prob(value)
         return each.new_zeros((*each.shape[:-1], self.count)).index_add_(-1, self.particle, each)
+
+
+class Showing(Protocol):
+    """B images, and which of n particles each shows."""
+
+    @property
+    def particle(self) -> Tensor:
+        """(B,) long"""
+
+    @property
+    def particles(self) -> int:
+        """n"""
+
+    @property
+    def several(self) -> bool:
+        """Whether any particle has several images."""
+
+
+def counted(each: Any, images: Showing) -> Any:
+    """What images have each on their own, of batch shape (*batch, B), as a site of the plate of particles."""
+    return Views(each, images.particle, images.particles) if images.several else each

@@ -3,7 +3,8 @@
 With y the coefficients of an image in a basis of maps, E their posterior moments at a pose, the gradient of
 log p(image | pose), y integrated out, is that of log p(image | pose, y) averaged over the posterior of y, whatever its
 prior. In a basis that needs E[y] and E[y y'] alone. The information is that of the mean of y less what y explains of
-it: the Schur complement of y.
+it: the Schur complement of y. Images of one particle have one y, which they tell together; of the information that
+leaves out what y lets one image say of another's pose.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ class FamilyLikelihood:
         read = points.read(self.slopes).unflatten(0, factor.shape).unflatten(-1, (4, -1))
         read = read * (self.scale * factor)[..., None, None]
         slices = read[..., 0, :]
-        seen = Seen.beside(slices, image, torch.zeros_like(factor[:, 0]))
+        seen = Seen.beside(slices, image, torch.zeros_like(factor[:, 0])).by_particle(batch)
         moments = self.coefficients.moments(seen)
-        weight = moments.y.to(read.dtype)
+        y, yy, gram = (batch.of_images(value) for value in (moments.y, moments.yy, seen.gram))
+        weight = y.to(read.dtype)
 
         def by_pose(volume_axes: Tensor, shifted: Tensor) -> Tensor:
             along = torch.einsum("bpc,bic->bpi", volume_axes, rotation.to(volume_axes.dtype))
@@ -67,13 +69,12 @@ class FamilyLikelihood:
             wave * torch.einsum("bpc,bc->bp", slices, weight),
         )
         columns = torch.view_as_real(slope.contiguous()).flatten(2)
-        left = image[..., None] * weight[:, None] - slices @ moments.yy.to(read.dtype)
+        left = image[..., None] * weight[:, None] - slices @ yy.to(read.dtype)
         gained = [(read[..., a, :].conj() * left).sum(-1) for a in range(4)]
         by_axis = torch.stack([(voxel.conjugate() * gain).real for gain in gained[1:]], -1)
         gradient = by_pose(by_axis, (wave.conjugate() * gained[0]).real).sum(-1)
         cross = columns @ torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
-        covariance = moments.yy - moments.y[:, :, None] * moments.y[:, None]
-        information = columns @ columns.mT - _explained(cross, covariance, seen.gram)
+        information = columns @ columns.mT - _explained(cross, yy - y[:, :, None] * y[:, None], gram)
         return Landscape(moments.evidence, gradient, information)
 
 

@@ -8,6 +8,9 @@
 With the factor the guide's density is that of the mixture, sum_c q(c) q(R, t | c), whatever cell a pose was drawn from:
 an ELBO that lacks it exceeds the evidence by up to log K where components overlap. The proposals are the guide's
 alone; the model keeps p(R) p(t).
+
+A particle that is seen in several images has one cell and one rotation, that of its first image's view, and in each
+image a shift; these depend on each other only through the turn.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions.so3 import TangentNormal
-from pyro_cryo.guides.poses import PoseModes
+from pyro_cryo.distributions.views import counted
+from pyro_cryo.guides.poses import PoseModes, covariance_factor
+from pyro_cryo.pose import seen_from
 from pyro_cryo.rows import Rows
 
 LEAST = -80.0  # log weight of modes that are not there: finite, and nothing in single precision
@@ -44,12 +49,8 @@ class PoseGaussians(Rows):
     @staticmethod
     def about(modes: PoseModes, px: Tensor) -> PoseGaussians:
         """The components (n, K) of modes, in pixels of which px (n,) make one of the modes'."""
-        # P = U U^T with U upper triangular gives the covariance L L^T, L = U^-T lower triangular: no inverse of P.
-        lower = torch.linalg.cholesky_ex(modes.precision.flip(-1, -2).double())[0]
-        eye = torch.eye(5, dtype=lower.dtype, device=lower.device)
-        factor = torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True).mT
         unit = torch.cat([torch.ones_like(px)[:, None].expand(-1, 3), px[:, None].expand(-1, 2)], 1)
-        scaled = factor.to(modes.precision.dtype) * unit[:, None, :, None]
+        scaled = covariance_factor(modes.precision) * unit[:, None, :, None]
         return PoseGaussians(modes.rotation, modes.translation * px[:, None, None], scaled)
 
     @property
@@ -75,6 +76,21 @@ def log_density(gaussians: PoseGaussians, log_weight: Tensor, rotation: Tensor, 
     gaussians (n, K), log_weight (n, K) normalised. Its logsumexp is the mixture's log density.
     """
     return log_weight + gaussians.log_prob(rotation[..., None, :, :], translation[..., None, :])
+
+
+def log_shares(
+    gaussians: PoseGaussians, log_weight: Tensor, batch: Batch, rotation: Tensor, translation: Tensor
+) -> Tensor:
+    """The same for particles of several images: poses (*draws, B, 3, 3), (*draws, B, 2) give (*draws, n, K).
+
+    gaussians (B, K), whose turns are one in all images of a particle, and log_weight (B, K), alike in them
+    """
+    if not batch.several:
+        return log_density(gaussians, log_weight, rotation, translation)
+    first, turned = batch.first, rotation[..., None, :, :]
+    turn = gaussians[first].turn.log_prob(turned[..., first, :, :, :])
+    shift = gaussians.shift(turned).log_prob(translation[..., None, :])
+    return log_weight[first] + turn + batch.by_particle(shift, -2)
 
 
 class PoseMixture(nn.Module):
@@ -104,16 +120,16 @@ class PoseMixture(nn.Module):
         return PoseGaussians.about(modes, batch.freq_scale), weight
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sample a pose of each image: rotation (B, 3, 3) and translation (B, 2), or (K, B, ...) where enumerated."""
+        """Sample poses; rotation (B, 3, 3) and translation (B, 2) of the images, or (K, B, ...) where enumerated."""
         every, log_weight = self.of(batch)
-        image = torch.arange(len(batch), device=batch.image.device)
+        first, image = batch.first, torch.arange(len(batch), device=batch.image.device)
         how: Any = {"is_auxiliary": True, **({"enumerate": "parallel"} if self.enumerated else {})}
-        with pyro.plate("particles", batch.size, subsample=batch.index, dim=-1):
-            cell = pyro.sample("cell", dist.Categorical(logits=log_weight), infer=how)
-            own = every[image, cell]
-            rotation = pyro.sample("rotation", own.turn)
-            translation = pyro.sample("translation", own.shift(rotation))
-            shares = log_density(every, log_weight, rotation, translation).log_softmax(-1)
+        with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1):
+            cell = pyro.sample("cell", dist.Categorical(logits=log_weight[first]), infer=how)
+            own = every[image, batch.of_images(cell, -1)]
+            rotation = seen_from(pyro.sample("rotation", every[first, cell].turn), batch)
+            translation = pyro.sample("translation", counted(own.shift(rotation), batch))
+            shares = log_shares(every, log_weight, batch, rotation, translation).log_softmax(-1)
             own_share = shares.gather(-1, cell.expand(shares.shape[:-1])[..., None])[..., 0]
             pyro.factor("overlap", -own_share, has_rsample=True)
         return rotation, translation
@@ -142,15 +158,12 @@ class PosedGuide(nn.Module):
             self.rest(replace(batch, rotation=rotation, translation=translation))
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean (B, zdim) and covariance (B, zdim, zdim) of z over draws of the pose: within them and between."""
+        """Mean (n, zdim) and covariance (n, zdim, zdim) of z over draws of the pose: within them and between."""
         means, within = [], []
         for _ in range(self.draws):
-            rotation, translation = self.poses.modes[batch.index.to(self.poses.modes.rotation.device)].drawn()
-            posed = replace(
-                batch,
-                rotation=rotation.to(batch.image.device),
-                translation=translation.to(batch.image.device) * batch.freq_scale[:, None],
-            )
+            modes = self.poses.modes[batch.index.to(self.poses.modes.rotation.device)].to(batch.image.device)
+            rotation, translation = modes.drawn(images=batch)
+            posed = replace(batch, rotation=rotation, translation=translation * batch.freq_scale[:, None])
             mean, covariance = self.rest.posterior(posed)  # type: ignore[operator]
             means.append(mean)
             within.append(covariance)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions.so3 import TangentNormal
 from pyro_cryo.physics.rotations import exp, log
@@ -68,14 +69,27 @@ class PoseModes(Rows):
         entropy = (weight * own).sum(1) - torch.special.xlogy(weight, weight).sum(1)
         return PoseSpread((weight * turn).sum(1).sqrt().rad2deg(), (weight * shift).sum(1).sqrt(), entropy)
 
-    def drawn(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """One draw of each image's pose: rotation (n, 3, 3), translation (n, 2)."""
-        mode = torch.multinomial(self.log_weight.exp(), 1, generator=generator)[:, 0]
-        image = torch.arange(len(mode), device=mode.device)
-        white = torch.randn(len(mode), 5, 1, generator=generator, device=mode.device)
-        root = torch.linalg.cholesky(self.precision[image, mode])
-        away = torch.linalg.solve_triangular(root.mT, white, upper=True)[..., 0]
-        return moved(*self.at(mode), away)
+    def drawn(
+        self, generator: torch.Generator | None = None, images: Batch | Particles | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One draw of each image's pose: rotation (n, 3, 3), translation (n, 2).
+
+        generator: on the CPU
+        images:    what the rows are of: those of one particle are turned together
+        """
+        count, device = len(self.log_weight), self.log_weight.device
+        chance, white = torch.rand(count, generator=generator), torch.randn(count, 5, generator=generator)
+        chance, white = chance.to(device), white.to(device)
+        if images is not None and images.several:
+            chance = images.of_images(chance[images.first])
+        share = self.log_weight.exp().cumsum(1)
+        mode = (share <= chance[:, None] * share[:, -1:]).sum(1)
+        factor = covariance_factor(self.precision[torch.arange(len(mode), device=device), mode])
+        if images is not None and images.several:
+            turn = factor[:, :3, :3] @ white[:, :3, None]
+            theirs = images.relative @ images.of_images(turn[images.first])
+            white[:, :3] = torch.linalg.solve_triangular(factor[:, :3, :3], theirs, upper=False)[..., 0]
+        return moved(*self.at(mode), (factor @ white[..., None])[..., 0])
 
 
 @dataclass(frozen=True)
@@ -114,15 +128,16 @@ class PosePrior:
         """The same on another device."""
         return replace(self, rotation=self.rotation.to(device), translation=self.translation.to(device))
 
-    @property
-    def log_size(self) -> float:
-        """log of what a Gaussian's mass, exp(peak) / sqrt(det precision), is to be divided by for p(R) p(t).
+    def log_size(self, views: Tensor) -> Tensor:
+        """log of what a Gaussian's mass, exp(peak) / sqrt(det precision), is to be divided by for p(R) p(t): (n,).
+
+        views: (n,) images of each particle, each with a shift
 
         Both densities then have the same 2 pi's, but for uniform rotations, of density 1 / (8 pi^2) a cubic radian.
         """
         uniform = math.log(8 * math.pi**2) - 1.5 * math.log(2 * math.pi)
         turn = 3 * math.log(self.turn_sd) if math.isfinite(self.turn_sd) else uniform
-        return turn + 2 * math.log(self.shift_sd)
+        return turn + 2 * math.log(self.shift_sd) * views
 
     @property
     def precision(self) -> Tensor:
@@ -166,8 +181,10 @@ def prior_of(poses: nn.Module, particles: Particles) -> PosePrior:
     return PosePrior(torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, float(poses.shift_sd))
 
 
-def merged(modes: PoseModes) -> PoseModes:
+def merged(modes: PoseModes, batch: Batch | None = None) -> PoseModes:
     """Modes that climbed to one peak as one: those within a standard deviation of a heavier one are left out.
+
+    batch: the images, where particles have several: their modes are one if they are in each image
 
     Their weight is not that one's, which counts the whole peak already: weights need not be normalised, and those of
     the modes that stay are as they were. The heaviest comes first.
@@ -180,8 +197,18 @@ def merged(modes: PoseModes) -> PoseModes:
         away = torch.cat([turn, sorted_.translation[:, j : j + 1] - sorted_.translation[:, :j]], -1)
         distance = torch.einsum("nki,nkij,nkj->nk", away, sorted_.precision[:, :j], away)
         same = (distance < 1) & weight[:, :j].isfinite()
+        if batch is not None:
+            same = batch.of_images(batch.by_particle((~same).long()) == 0)
         weight[:, j] = weight[:, j].masked_fill(same.any(1), -torch.inf)
     return replace(sorted_, log_weight=weight)
+
+
+def covariance_factor(precision: Tensor) -> Tensor:
+    """L, lower triangular, with the covariance L L^T, of precisions (*batch, 5, 5)."""
+    # P = U U^T with U upper triangular gives L = U^-T: no inverse of P.
+    lower = torch.linalg.cholesky_ex(precision.flip(-1, -2).double())[0]
+    eye = torch.eye(5, dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True).mT.to(precision.dtype)
 
 
 def moved(rotation: Tensor, translation: Tensor, away: Tensor) -> tuple[Tensor, Tensor]:

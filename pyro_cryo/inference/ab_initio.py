@@ -65,7 +65,7 @@ def ab_initio(
     generator = generator or torch.Generator().manual_seed(0)
     count, box = len(particles), particles.box
     if not particles.has_poses:
-        particles = particles.with_poses(torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2))
+        particles = particles.with_poses(particles.relative, torch.zeros(count, 2))
     centred = PosePrior(
         torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, box / 25 if shift_sd is None else shift_sd
     )
@@ -82,7 +82,7 @@ def _found(em: PoseEM, starts: int) -> Reached:
         known = _passed(em, known, kmax)
     before = -math.inf
     for _ in range(ROUNDS):
-        rows = torch.randperm(len(em.particles), generator=em.generator)[:SUBSET].sort().values
+        rows = em.sample(SUBSET).sort().values
         reached = _searched(em, rows, known)
         if reached.evidence - before < CONVERGED:
             break
@@ -115,7 +115,7 @@ def _climbed(em: PoseEM, band: float, reached: Reached | None) -> Reached:
 
 def _raced(em: PoseEM, starts: int) -> Solved:
     """Of the maps that random ones come to, the one that most images would choose."""
-    judges = torch.randperm(len(em.particles), generator=em.generator)[:JUDGED]
+    judges = em.sample(JUDGED)
     begun = em.sigma.clone()
     raced = []
     for _ in range(starts):
@@ -135,7 +135,7 @@ def _raced(em: PoseEM, starts: int) -> Solved:
 def _passed(em: PoseEM, known: Solved, kmax: float) -> Solved:
     """The next map, from a sample of the images, each from its best views in a whole grid."""
     known = known.on(box_of(kmax, em.particles.box))
-    rows = torch.randperm(len(em.particles), generator=em.generator)[:SAMPLE]
+    rows = em.sample(SAMPLE)
     return em.add(rows, em.search(rows, known, _grids(kmax), VIEWS, apart=0.0), known)
 
 

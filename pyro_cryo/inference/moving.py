@@ -107,7 +107,7 @@ def _passed(
     """The family of the poses as they are; all images climb in it."""
     modes = start if reached is None else reached.modes
     whole, box = em.particles.box, box_of(band, em.particles.box)
-    poses = modes.best if reached is None else modes.drawn(em.generator)
+    poses = modes.best if reached is None else modes.drawn(em.generator, em.particles)
     images = replace(em.particles, box=box).with_poses(poses[0], poses[1] * (box / whole))
     found = reconstruct(images, symmetry=em.symmetry, device=em.device, generator=em.generator, progress=em.progress)
     solver = FamilySolver(images, found, em.symmetry, generator=em.generator, progress=em.progress)
@@ -118,9 +118,10 @@ def _passed(
     for batch, mine, gain in em.climbing(everyone, modes, likelihood, box, band, STEPS):
         evidence += gain.sum()
         posed = em.posed(batch, *mine.best).band(min(low, len(batch.half)))
-        z.append(family.coefficients.moments(Projected.of(posed, grid, family.sigma, scale).seen()).z.cpu())
+        seen = Projected.of(posed, grid, family.sigma, scale).seen().by_particle(posed)
+        z.append(family.coefficients.moments(seen).z.cpu())
     if math.isfinite(em.prior.turn_sd):
-        modes = free_of(modes, em.prior, torch.cat(z))
+        modes = free_of(modes, em.prior, em.particles.of_images(torch.cat(z)))
     em.prior = em.prior.learned(modes)
     last = box // 2 + (1 if box == whole else 0)
     em.sigma[:, 1:last] = family.sigma[:, 1:last] * (whole / box)
@@ -159,7 +160,7 @@ def generators(volume: Tensor) -> Tensor:
 
 
 def free_of(modes: PoseModes, prior: PosePrior, z: Tensor) -> PoseModes:
-    """Posteriors whose displacements from the prior's centre do not depend on z (N, zdim).
+    """Posteriors whose displacements from the prior's centre do not depend on the z (N, zdim) of each image's particle.
 
     The best poses' turns in the volume's frame, and the shifts of the volume that shifts of images show, are regressed
     on z and on powers of its principal components; what is told, shrunk by what chance would tell (James and Stein), is

@@ -69,7 +69,7 @@ class Solved:
 class PoseEM:
     """Passes over images, on boxes of any size up to the particles' own.
 
-    particles: N images of box D, the poses of whose table are not read
+    particles: N images of box D; of the poses of their table only how views of one particle lie to each other is read
     prior:     of their poses, translations in pixels of D
     symmetry:  (G, 3, 3) point group of the map
     sigma:     (noise groups, D / 2 + 1) noise sd to begin with; its device is where maps are
@@ -121,7 +121,7 @@ class PoseEM:
         likelihood = MapLikelihood(slope_grid(known.volume), self.noise(known.box))
         for batch, mine, gain in self.climbing(rows, modes, likelihood, known.box, kmax, steps):
             evidence += gain.sum()
-            sums.add(self.posed(batch, *mine.drawn(self.generator)))
+            sums.add(self.posed(batch, *mine.drawn(self.generator, batch)))
         return self._solved(sums, enveloped=True), float(evidence) / len(rows)
 
     def climbing(
@@ -129,7 +129,7 @@ class PoseEM:
     ) -> Iterator[tuple[Batch, PoseModes, Tensor]]:
         """Some images (n,), cropped to a box: modes climb, in place, compared up to kmax cycles a box.
 
-        Batch by batch: the images, their modes, and the log evidence (B,) of each less that of an empty one.
+        Batch by batch: the images, their modes, and the log evidence (n,) of each particle less that of empty images.
         """
         count = HalfPlane.of(box).count(kmax)
         size = max(1, images_at_once(count, self.device) // modes.log_weight.shape[1])
@@ -139,6 +139,11 @@ class PoseEM:
             mine, gain = climbed(batch.band(count), likelihood, mine, prior, self._px(batch), steps)
             modes[index] = mine
             yield batch, mine, gain
+
+    def sample(self, count: int) -> Tensor:
+        """Rows of about so many images, all of each particle that is drawn."""
+        drawn = torch.randperm(self.particles.n_particles, generator=self.generator)
+        return self.particles.images_of(drawn[: self.particles.particles_of(count)])
 
     def noise(self, box: int) -> Tensor:
         """sigma of images cropped to a box."""

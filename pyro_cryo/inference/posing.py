@@ -31,11 +31,6 @@ def find_poses(
 
     kept: file of the state on the way, from which what was killed goes on
     """
-    if particles.n_particles < len(particles):
-        raise ValueError(
-            f"{len(particles)} images of {particles.n_particles} particles: poses of tilt series are taken as they "
-            "are; leave --poses out (model.poses = KnownPose())"
-        )
     prior = prior_of(model.poses, particles)
     generator = torch.Generator().manual_seed(seed)
     symmetry = getattr(model, "symmetry", torch.eye(3)[None])

@@ -9,6 +9,10 @@ slices of a whole level of the grid. The first level is searched whole, at a low
 posterior mass, a beam, are then cut into their children, which are compared in a wider band, and so on. At the end
 cells that lie together are one peak.
 
+A particle that is seen in several images, each turned from the first by a known rotation T_v and with a shift of its
+own, is searched as a whole: the log mass of a rotation R is the sum over its images of that of T_v R, the shift summed
+over. Images with the same T_v have the same slices.
+
 What a beam leaves out is not what the level that is cut says of it: the cells of most mass are those whose centres lie
 well by chance. So some of the others, drawn by their mass, are cut and compared as well; each stands for those like it.
 """
@@ -16,13 +20,15 @@ well by chance. So some of the others, drawn by their mass, are cut and compared
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.batch import Batch, first_of
 from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.physics import rotation_grid, shift_grid
 from pyro_cryo.physics.fourier import HalfPlane, shift_phase
@@ -36,6 +42,7 @@ NUMBERS_GPU = 1 << 28
 TABLE = 1 << 24  # coefficients of all slices of a level, that are kept rather than read again
 NOTHING = -60.0  # nats below the best, that count no more: exponentials of less are slow
 PROBES = 12  # cells of rotations beside the beam, and half as many of shifts, that tell what it leaves out
+ALIKE = 1e3  # views whose rotations agree to a thousandth are one
 APART = 1.6  # steps of the grid between two peaks
 
 
@@ -57,6 +64,8 @@ class Found(Rows):
     log_mass:    (B, K) of the cells about each peak, the first one's the largest; minus infinity beyond the last peak
     left_out:    (B,) share of the mass that the beams left out, as the finer level sees it: an estimate from probes
     evidence:    (B,) log mean likelihood over the poses of the first level, beside that of an empty image
+
+    The last three are of the particle, alike in all its images.
     """
 
     rotation: Tensor
@@ -74,11 +83,38 @@ class Found(Rows):
         return PoseModes(self.rotation, self.translation, precision, weight)
 
 
+class _View(NamedTuple):
+    """How an image sees its particle: the factor of its slices' coordinates, and the rotation from the first view."""
+
+    freq_scale: float
+    rotation: tuple[float, ...]
+
+    @property
+    def turn(self) -> Tensor:
+        """(3, 3)"""
+        return torch.tensor(self.rotation).view(3, 3)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """All views of a search, and which of them each of some images has: view (B,) long."""
+
+    views: list[_View]
+    view: Tensor
+
+    def groups(self) -> Iterator[tuple[Tensor | slice, int]]:
+        """Images that have one view, and the number of that."""
+        numbers = self.view.unique().tolist()
+        for number in numbers:
+            yield (slice(None) if len(numbers) == 1 else (self.view == number).nonzero()[:, 0]), number
+
+
 @dataclass(frozen=True)
 class _Cells:
-    """Cells that are compared: rotations (B, C) and shifts (B, T), or (C,) and (T,) where all images have the same.
+    """Cells that are compared: rotations (n, C) and shifts (B, T), or (C,) and (T,) where all have the same.
 
-    value (B, T, C): log posterior of every pair; mass (B, C) and of_shift (B, T): with the other integrated out
+    value (B, T, C): log posterior of every pair of an image
+    mass (n, C): of rotations, the shifts summed over; of_shift (B, T): of shifts, the rotations summed over
     """
 
     level: Level
@@ -89,10 +125,16 @@ class _Cells:
     of_shift: Tensor
 
     @staticmethod
-    def of(level: Level, rotation: Tensor, shift: Tensor, value: Tensor) -> _Cells:
+    def of(level: Level, batch: Batch, rotation: Tensor, shift: Tensor, value: Tensor) -> _Cells:
         most = value.amax((1, 2))[:, None]
         share = (value - most[..., None]).clamp_min_(NOTHING).exp_()
-        return _Cells(level, rotation, shift, value, share.sum(1).log() + most, share.sum(2).log() + most)
+        each = share.sum(1).log() + most
+        mass = batch.by_particle(each)
+        if batch.several:
+            other = batch.of_images(mass) - each  # what the particle's other images say of a rotation
+            other = (other - other.amax(1, keepdim=True)).clamp_min_(NOTHING).exp_()
+            return _Cells(level, rotation, shift, value, mass, (share @ other[..., None])[..., 0].log() + most)
+        return _Cells(level, rotation, shift, value, mass, share.sum(2).log() + most)
 
 
 @dataclass(frozen=True)
@@ -157,21 +199,29 @@ class Search:
         self.cells = rotation_grid.covering(levels[0].rotations, symmetry.to(volume.device))
         self.shifts = shift_grid.disc(levels[0].shifts, volume.device)
         self.turn = torch.eye(3, device=volume.device) if turn is None else turn.to(volume.device)
-        self._tables: dict[tuple[Level, float], Tensor] = {}
+        self._tables: dict[tuple[Level, _View], Tensor] = {}
 
     def __call__(self, batch: Batch, sigma: Tensor) -> Found:
         """The peaks of images of the map's box; sigma (noise groups, b / 2 + 1)."""
         held = NUMBERS if self.half.k.device.type == "cpu" else NUMBERS_GPU
         rows = max(1, held // (len(self.cells) * len(self.shifts)))
-        # Images of one field of view have the same slices: their tables are by field.
-        fields = [(batch.freq_scale == scale).nonzero()[:, 0] for scale in batch.freq_scale.unique()]
-        parts = [part for images in fields for part in images.split(rows)]
-        return Found.of([self._of(batch[part], sigma) for part in parts])[torch.cat(parts).argsort()]
+        views, view = _views(batch)
+        # Particles whose first images have one field of view come together: one table of slices serves them all.
+        order = batch.of_images(view[batch.first]).argsort(stable=True) if len(views) > 1 else torch.arange(len(batch))
+        order = order.to(batch.index.device)
+        ends = batch.views[batch.particle[order].unique_consecutive()].cumsum(0).long().tolist()
+        parts, begin = [], 0
+        for end, following in pairwise([*ends, ends[-1] + rows]):
+            if following - begin > rows:
+                parts.append(order[begin:end])
+                begin = end
+        found = [self._of(batch[part], _Seen(views, view[part]), sigma) for part in parts]
+        return Found.of(found)[torch.cat(parts).argsort()]
 
-    def _of(self, batch: Batch, sigma: Tensor) -> Found:
+    def _of(self, batch: Batch, seen: _Seen, sigma: Tensor) -> Found:
         first, *finer = self.levels
-        value = self._log_posterior(batch, sigma, first, self.cells, self.shifts)
-        cells = _Cells.of(first, self.cells, self.shifts, value)
+        value = self._log_posterior(batch, seen, sigma, first, self.cells, self.shifts)
+        cells = _Cells.of(first, batch, self.cells, self.shifts, value)
         evidence = cells.mass.logsumexp(1) - math.log(cells.mass.shape[1])
         kept = torch.ones_like(evidence)
         for level in finer:
@@ -181,50 +231,74 @@ class Search:
                 turns = turns.cut(rotation_grid.children)
             for _ in range(level.shifts - cells.level.shifts):
                 shifts = shifts.cut(shift_grid.children)
-            value = self._log_posterior(batch, sigma, level, turns.cell, shifts.cell)
+            value = self._log_posterior(batch, seen, sigma, level, turns.cell, shifts.cell)
             own = value[:, : shifts.own, : turns.own]
-            cells = _Cells.of(level, turns.cell[:, : turns.own], shifts.cell[:, : shifts.own], own)
-            weighted = value + shifts.log_weight[..., None] + turns.log_weight[:, None]
-            kept = kept * (cells.mass.logsumexp(1) - weighted.flatten(1).logsumexp(1)).exp()
-        rotation, translation, mass = self._peaks(cells)
-        return Found(rotation, translation, mass, 1 - kept, evidence)
+            cells = _Cells.of(level, batch, turns.cell[:, : turns.own], shifts.cell[:, : shifts.own], own)
+            every = batch.by_particle((value + shifts.log_weight[..., None]).logsumexp(1)) + turns.log_weight
+            kept = kept * (cells.mass.logsumexp(1) - every.logsumexp(1)).exp()
+        rotation, translation, mass = self._peaks(batch, cells)
+        return Found(
+            batch.relative[:, None] @ batch.of_images(rotation),
+            translation,
+            *(batch.of_images(value) for value in (mass, 1 - kept, evidence)),
+        )
 
-    def _log_posterior(self, batch: Batch, sigma: Tensor, level: Level, rotation: Tensor, shift: Tensor) -> Tensor:
-        """Of every pair of cells: (B, T, C)."""
+    def _log_posterior(
+        self, batch: Batch, seen: _Seen, sigma: Tensor, level: Level, rotation: Tensor, shift: Tensor
+    ) -> Tensor:
+        """Of every pair of cells, rotations (C,) or (n, C) and shifts (T,) or (B, T): (B, T, C)."""
         low = batch.band(self.half.count(level.kmax))
         sd = noise_sd(low, sigma)
         score = torch.view_as_complex(low.image) * low.ctf / sd.square()
         displacement = shift_grid.centres(shift, level.shifts, self.extent)
         unshifted = score[:, None] * shift_phase(low.half.k, displacement, low.half.box).conj()
-        columns = torch.view_as_real(self._slices(low, level, rotation))
-        value = torch.view_as_real(unshifted).flatten(-2) @ columns.flatten(-2).mT  # (B, T, C)
-        value -= (0.5 * (low.ctf / sd).square())[:, None] @ columns.square().sum(-1).mT
+        unshifted = torch.view_as_real(unshifted).flatten(-2)
+        factor = (0.5 * (low.ctf / sd).square())[:, None]
+        rotation = rotation if rotation.dim() == 1 else batch.of_images(rotation)
+        values = []
+        for images, view in seen.groups():
+            cells = rotation if rotation.dim() == 1 else rotation[images]
+            columns = torch.view_as_real(self._slices(low.half, level, seen.views, view, cells))
+            each = unshifted[images] @ columns.flatten(-2).mT
+            each -= factor[images] @ columns.square().sum(-1).mT
+            values.append((images, each))
+        value = values[0][1]
+        if len(values) > 1:
+            value = value.new_empty(len(batch), *value.shape[1:])
+            for images, each in values:
+                value[images] = each
         value -= 0.5 * (displacement.square().sum(-1) / self.shift_sd**2)[..., None]
         return value
 
-    def _slices(self, low: Batch, level: Level, rotation: Tensor) -> Tensor:
-        """Slices at cells (C,) or (B, C), of images of one field of view: (C, P) or (B, C, P) complex."""
-        scale = float(low.freq_scale[0])
-        if rotation_grid.count(level.rotations) * len(low.half) > TABLE:
-            return self._read(low, level, scale, rotation)
-        key = (level, scale)
+    def _slices(self, half: HalfPlane, level: Level, views: list[_View], view: int, cell: Tensor) -> Tensor:
+        """Slices at cells (C,) or (b, C), as one of all views has them: (C, P) or (b, C, P) complex."""
+        size = rotation_grid.count(level.rotations) * len(half)
+        if size * len(views) > TABLE:
+            return self._read(half, level, views[view], cell)
+        key = (level, views[view])
         if key not in self._tables:
-            everywhere = rotation_grid.cells(level.rotations, device=rotation.device)
-            self._tables[key] = self._read(low, level, scale, everywhere)
-        return self._tables[key][rotation]
+            if sum(table.numel() for table in self._tables.values()) + size > TABLE:
+                self._tables.clear()
+            everywhere = rotation_grid.cells(level.rotations, device=cell.device)
+            self._tables[key] = self._read(half, level, views[view], everywhere)
+        return self._tables[key][cell]
 
-    def _read(self, low: Batch, level: Level, scale: float, rotation: Tensor) -> Tensor:
-        return read_grid(self.grid, slice_coordinates(self._rotations(rotation, level), low.half.k) * scale)
+    def _read(self, half: HalfPlane, level: Level, view: _View, cell: Tensor) -> Tensor:
+        rotation = view.turn.to(self.turn) @ self._rotations(cell, level)
+        return read_grid(self.grid, slice_coordinates(rotation, half.k) * view.freq_scale)
 
     def _rotations(self, cell: Tensor, level: Level) -> Tensor:
         return rotation_grid.centres(cell, level.rotations) @ self.turn
 
-    def _peaks(self, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotation, translation and log mass of peaks: the heaviest cell, then the heaviest that is not near, ..."""
+    def _peaks(self, batch: Batch, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+        """Peaks: the heaviest cell, then the heaviest that is not near, ...
+
+        Rotation (n, K, 3, 3) and log mass (n, K) of particles, translation (B, K, 2) of images.
+        """
         level = cells.level
         mass, place = cells.mass.topk(min(4 * self.beam, cells.mass.shape[1]), 1)
         cell = _taken(cells.rotation, place)
-        value = cells.value.gather(2, place[:, None].expand(-1, cells.value.shape[1], -1))
+        value = cells.value.gather(2, batch.of_images(place)[:, None].expand(-1, cells.value.shape[1], -1))
         shift = _taken(cells.shift, value.argmax(1))
         rotation = self._rotations(cell, level)
         image = torch.arange(len(mass), device=mass.device)
@@ -237,8 +311,16 @@ class Search:
             masses.append(mass.masked_fill(~near, -torch.inf).logsumexp(1))
             mass = mass.masked_fill(near, -torch.inf)
         peak = torch.stack(at, 1)
-        translation = shift_grid.centres(shift.gather(1, peak), level.shifts, self.extent)
+        translation = shift_grid.centres(shift.gather(1, batch.of_images(peak)), level.shifts, self.extent)
         return rotation[image[:, None], peak], translation, torch.stack(masses, 1)
+
+
+def _views(batch: Batch) -> tuple[list[_View], Tensor]:
+    """The views that a batch's images have of their particles, and which of them each has (B,)."""
+    said = torch.cat([batch.freq_scale[:, None], batch.relative.flatten(1)], 1)
+    alike, view = (ALIKE * said).round().long().unique(dim=0, return_inverse=True)
+    numbers = said[first_of(view, len(alike))].tolist()
+    return [_View(scale, tuple(turn)) for scale, *turn in numbers], view
 
 
 def _taken(cell: Tensor, place: Tensor) -> Tensor:

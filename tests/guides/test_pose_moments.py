@@ -68,7 +68,7 @@ def test_the_rule_is_exact_for_a_normal() -> None:
 def test_the_likelihood_is_the_landscapes(volume: Tensor, batch: Batch, sigma: Tensor, laplace: PoseModes) -> None:
     pose = laplace.best
     flat = replace(anywhere(), shift_sd=1e6)
-    here = MapLikelihood(slope_grid(volume), sigma).at(batch, *pose, batch.freq_scale).under(flat, *pose)
+    here = MapLikelihood(slope_grid(volume), sigma).at(batch, *pose, batch.freq_scale).under(flat, batch, *pose)
     value = log_likelihood(batch, fourier_grid(volume), sigma, *pose, batch.freq_scale)
     torch.testing.assert_close(value, here.value, atol=0.05, rtol=1e-4)
 

@@ -60,12 +60,12 @@ def test_the_gradient_is_that_of_the_log_density(volume: Tensor, batch: Batch, s
     likely, prior, px = MapLikelihood(slope_grid(volume), sigma), anywhere(batch), 1.5 * torch.ones(IMAGES)
     away = torch.randn(IMAGES, 5, generator=torch.Generator().manual_seed(2)) * torch.tensor([0.05] * 3 + [0.3] * 2)
     pose = moved(batch.rotation, batch.translation / 1.5, away)
-    here = likely.at(batch, *pose, px).under(prior, *pose)
+    here = likely.at(batch, *pose, px).under(prior, batch, *pose)
     for axis, step in enumerate([0.01] * 3 + [0.05] * 2):
         e = torch.zeros(IMAGES, 5)
         e[:, axis] = step
         beside = [moved(*pose, s * e) for s in (1.0, -1.0)]
-        after, before = (likely.at(batch, *there, px).under(prior, *there).value for there in beside)
+        after, before = (likely.at(batch, *there, px).under(prior, batch, *there).value for there in beside)
         slope = (after - before) / (2 * step)
         error = (here.gradient[:, axis] - slope).norm() / slope.norm()
         assert float(error) < 0.1, axis  # slices between nodes of the grid are not smooth
