@@ -32,6 +32,8 @@ def add_particles(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) 
     add("--datadir", type=Path, default=none, help="folder for stacks that are not where the table says")
     add("--poses-pkl", dest="poses", type=Path, default=none, help="poses from a cryoDRGN .pkl")
     add("--ctf-pkl", dest="ctf", type=Path, default=none, help="CTF from a cryoDRGN .pkl")
+    add("--tilt", type=Path, default=none, help="stack of the same particles, tilted: pairs (with --tilt-deg)")
+    add("--tilt-deg", type=float, default=none, help="degrees between the views of a pair, about the images' x axis")
     add("--invert", action=flag, default=none, help=f"toggle contrast, for images with dark protein {told['invert']}")
     add(
         "--normalize",
@@ -53,8 +55,8 @@ def open_particles(asked: argparse.Namespace, **defaults: Any) -> Particles:
     """The particles that `add_particles` asks for; `defaults` are those of `Particles.open`."""
     from pyro_cryo.data.particles import Particles
 
-    names = ("box", "apix", "datadir", "poses", "ctf", "invert", "normalize", "window", "first", "subset")
-    given = {name: getattr(asked, name) for name in names if name in asked}
+    names = ("box", "apix", "datadir", "poses", "ctf", "invert", "normalize", "window", "first", "subset", "tilt")
+    given = {name: getattr(asked, name) for name in (*names, "tilt_deg") if name in asked}
     return Particles.open(asked.particles, **{**defaults, **given})
 
 

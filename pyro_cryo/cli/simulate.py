@@ -32,6 +32,12 @@ def add_to(commands: Any) -> None:
     add("--voltage", type=float, default=300.0, help="kV")
     add("--cs", type=float, default=2.7, help="spherical aberration, mm")
     add("--amplitude-contrast", type=float, default=0.1, help="fraction")
+    add(
+        "--tilt-deg",
+        type=float,
+        default=None,
+        help="tilt pairs: each particle twice, the second turned so many degrees",
+    )
     add("--seed", type=int, default=0, help="the same seed gives the same files")
     add("--overwrite", action="store_true", help="replace a case that is there")
     add_quiet(parser)
@@ -59,6 +65,7 @@ def run(asked: argparse.Namespace) -> None:
         voltage_kv=asked.voltage,
         cs_mm=asked.cs,
         amplitude_contrast=asked.amplitude_contrast,
+        tilt_deg=asked.tilt_deg,
         seed=asked.seed,
         overwrite=asked.overwrite,
         progress=progress_of(asked),

@@ -17,6 +17,7 @@ from pyro_cryo.data.selection import Subset, selected
 from pyro_cryo.data.stack import Stack, locate, locate_all
 from pyro_cryo.data.star import read_star
 from pyro_cryo.data.table import OpticsGroup, Table
+from pyro_cryo.data.tilt_pairs import of_both, paired
 from pyro_cryo.data.tomo import read_tilt_series
 from pyro_cryo.data.tomograms import find_tomograms
 from pyro_cryo.physics.ctf import CTF, aliasing_angstrom
@@ -35,16 +36,26 @@ def opened(
     subset: Subset | None,
     poses: str | Path | None,
     ctf: str | Path | None,
+    tilt: str | Path | None,
+    tilt_deg: float | None,
 ) -> tuple[Table, Stack, int]:
     """The chosen rows, the stacks that they name, and the model's box. See `Particles.open`."""
     if apix is not None and not 0 < apix < float("inf"):
         raise ValueError(f"apix is {apix:g}; expected angstrom a stored pixel, above 0")
     if datadir is not None and not datadir.exists():
         raise FileNotFoundError(f"datadir {datadir} does not exist; give the folder of the stacks")
+    if (tilt is None) != (tilt_deg is None):
+        raise ValueError(f"tilt is {tilt} and tilt_deg {tilt_deg}; tilt pairs need the second stack and the angle")
     table = read_table(path, datadir, apix, ctf is not None)
+    count = len(table)
+    if tilt is not None and tilt_deg is not None:
+        table = paired(table, read_table(Path(tilt), datadir, apix, ctf is not None), tilt_deg)
     whole = len(table)
-    given_poses = None if poses is None else cryodrgn.read_poses(poses, whole)
-    given_ctf = None if ctf is None else cryodrgn.read_ctf(ctf, whole)
+    given_poses = None if poses is None else cryodrgn.read_poses(poses, count)
+    given_ctf = None if ctf is None else cryodrgn.read_ctf(ctf, count)
+    if table.view is not None:
+        given_poses = None if given_poses is None else of_both(*given_poses, table.view)
+        given_ctf = None if given_ctf is None else np.concatenate([given_ctf, given_ctf])
     rows = selected(table, subset, first)
     table = (table if len(rows) == whole and subset is None else table[rows]).used()
 

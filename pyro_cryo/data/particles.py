@@ -65,6 +65,8 @@ class Particles:
         poses: str | Path | None = None,
         ctf: str | Path | None = None,
         window: float | None = None,
+        tilt: str | Path | None = None,
+        tilt_deg: float | None = None,
     ) -> Particles:
         """Open a table or a stack; images are not read yet.
 
@@ -79,6 +81,8 @@ class Particles:
         subset:  numbers from 0, or a file of them (.txt, .npy, .pkl), or a .star that names the images to keep
         poses, ctf: cryoDRGN's pickles, in place of what the table says
         window:  fraction of half the box, above 0 and up to 1; default: no window
+        tilt, tilt_deg: tilt pairs: a stack of the same particles in the same order, seen at `physics.rotations.tilt` of
+                 so many degrees; poses and ctf are then of the first stack's images
 
         Raises FileNotFoundError or ValueError with the value and the mend where the input is not sound.
 
@@ -90,7 +94,16 @@ class Particles:
             raise ValueError(f"window is {window:g}; expected a fraction of half the box, above 0 and up to 1")
         folder = None if datadir is None else Path(datadir)
         table, stack, size = opened(
-            Path(path), box=box, apix=apix, datadir=folder, first=first, subset=subset, poses=poses, ctf=ctf
+            Path(path),
+            box=box,
+            apix=apix,
+            datadir=folder,
+            first=first,
+            subset=subset,
+            poses=poses,
+            ctf=ctf,
+            tilt=tilt,
+            tilt_deg=tilt_deg,
         )
         asked: dict[str, Any] = {
             "path": path,
@@ -101,6 +114,7 @@ class Particles:
             "normalize": normalize,
         }
         asked |= {"first": first, "subset": subset, "poses": poses, "ctf": ctf, "window": window}
+        asked |= {"tilt": tilt, "tilt_deg": tilt_deg}
         return Particles(table, stack, size, invert, normalize, window, _in_words(asked))
 
     def __len__(self) -> int:

@@ -35,7 +35,7 @@ from pyro_cryo.data.blobs import Complex, classes, from_pdb, hinge, rotor, ten_c
 from pyro_cryo.data.density_maps import DensityMaps, from_maps
 from pyro_cryo.data.star import write_star
 from pyro_cryo.physics.ctf import CTF
-from pyro_cryo.physics.rotations import random_rotations, to_euler_deg
+from pyro_cryo.physics.rotations import random_rotations, tilt, to_euler_deg
 from pyro_cryo.progress import Progress, quiet
 
 __all__ = [
@@ -102,6 +102,7 @@ def simulate(
     cs_mm: float = 2.7,
     amplitude_contrast: float = 0.1,
     noise_power: Sequence[float] | None = None,
+    tilt_deg: float | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress = quiet,
@@ -114,6 +115,8 @@ def simulate(
     defocus_angstrom: range of the mean defocus, uniform; astigmatism has a standard deviation of 200 angstrom
     noise_power:      relative power of the noise in the shells round(|k|) = 0, 1, ... D / 2; by default it is white.
                       Whatever its scale, the noise has the variance that `snr` asks for
+    tilt_deg:         tilt pairs: rows 2i and 2i + 1 show one particle, the second turned by so many degrees
+                      about its x axis, and with a shift and a defocus of its own. `n_images` counts both
     overwrite:        replace a case that stands in `out`
     progress:         wraps the chunks of images, as they are projected and as they get their noise
 
@@ -121,14 +124,14 @@ def simulate(
     images. Raises ValueError where a value makes no sense or `out` already holds a case.
     """
     shift_sd_px = 0.03 * box if shift_sd_px is None else shift_sd_px
-    _check(n_images, box, snr, shift_sd_px, defocus_angstrom, (voltage_kv, cs_mm, amplitude_contrast), noise_power)
+    optics = (voltage_kv, cs_mm, amplitude_contrast)
+    _check(n_images, box, snr, shift_sd_px, defocus_angstrom, optics, noise_power, tilt_deg)
     apix = source.apix_for(box, apix)
     out = Path(out)
     if not overwrite and any((out / name).exists() for name in ("particles.mrcs", "particles.star", "truth.npz")):
         raise ValueError(f"{out} already holds particles; choose another folder or give overwrite=True")
     generator = torch.Generator().manual_seed(seed)
-    optics = (voltage_kv, cs_mm, amplitude_contrast)
-    truth = _draw(n_images, len(source), shift_sd_px, defocus_angstrom, optics, generator)
+    truth = _draw(n_images, len(source), shift_sd_px, defocus_angstrom, optics, tilt_deg, generator)
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     stack = out / f".particles.{os.getpid()}.tmp"
@@ -144,7 +147,7 @@ def simulate(
         if new and not any(out.iterdir()):
             out.rmdir()
     _write_truth(out / "truth.npz", source, truth, box, apix, snr, scale, noise_sd)
-    _write_star(out / "particles.star", truth, box, apix)
+    _write_star(out / "particles.star", truth, box, apix, pairs=tilt_deg is not None)
     return out / "particles.star"
 
 
@@ -156,6 +159,7 @@ def _check(
     defocus_angstrom: tuple[float, float],
     optics: tuple[float, float, float],
     noise_power: Sequence[float] | None,
+    tilt_deg: float | None,
 ) -> None:
     """One ValueError for the first argument that makes no sense."""
     low, high = defocus_angstrom
@@ -163,6 +167,8 @@ def _check(
     power = np.ones(box // 2 + 1) if noise_power is None else np.asarray(noise_power, float)
     complaints = [
         (n_images < 1, f"{n_images} images; give at least 1"),
+        (tilt_deg is not None and n_images % 2 == 1, f"{n_images} images of tilt pairs; give {n_images + 1}"),
+        (tilt_deg is not None and not np.isfinite(tilt_deg), f"tilt_deg {tilt_deg}; give degrees, for example 45"),
         (box % 2 or box < 8, f"box {box} is not an even number of at least 8; give box={max(8, box + box % 2)}"),
         (not 0 < snr < float("inf"), f"snr {snr} is not positive; give for example snr=0.1"),
         (not shift_sd_px >= 0, f"shift_sd_px {shift_sd_px} is negative; give 0 or more pixels"),
@@ -186,6 +192,7 @@ def _draw(
     shift_sd_px: float,
     defocus_angstrom: tuple[float, float],
     optics: tuple[float, float, float],
+    tilt_deg: float | None,
     generator: torch.Generator,
 ) -> Truth:
     low, high = defocus_angstrom
@@ -194,10 +201,15 @@ def _draw(
     angle = 180 * torch.rand(n, generator=generator)
     voltage, cs, contrast = (torch.full((n,), float(v)) for v in optics)
     zero, one = torch.zeros(n), torch.ones(n)
+    views = torch.eye(3)[None] if tilt_deg is None else torch.stack([torch.eye(3), tilt(tilt_deg)])
+    particles = n // len(views)
+    rotation = random_rotations(particles, generator)
+    shift = torch.randn(n, 2, generator=generator)
+    state = torch.randint(n_states, (particles,), generator=generator)
     return Truth(
-        rotation=random_rotations(n, generator),
-        shift_px=shift_sd_px * torch.randn(n, 2, generator=generator),
-        state=torch.randint(n_states, (n,), generator=generator),
+        rotation=(views @ rotation[:, None]).flatten(0, 1),
+        shift_px=shift_sd_px * shift,
+        state=state.repeat_interleave(len(views)),
         ctf=CTF(mean + astigmatism / 2, mean - astigmatism / 2, angle, voltage, cs, contrast, zero, zero, one),
     )
 
@@ -312,7 +324,7 @@ def _write_truth(
         temporary.unlink(missing_ok=True)
 
 
-def _write_star(path: Path, truth: Truth, box: int, apix: float) -> None:
+def _write_star(path: Path, truth: Truth, box: int, apix: float, pairs: bool) -> None:
     """RELION 3.1: an optics table and a particle table. RELION's origin is the displacement's negative, in angstrom."""
     import pandas as pd
 
@@ -331,4 +343,6 @@ def _write_star(path: Path, truth: Truth, box: int, apix: float) -> None:
         "rlnDefocusU": ctf.defocus_u_angstrom.numpy(), "rlnDefocusV": ctf.defocus_v_angstrom.numpy(),
         "rlnDefocusAngle": ctf.defocus_angle_deg.numpy(), "rlnOpticsGroup": [1] * n,
     }  # fmt: skip
+    if pairs:
+        particles["rlnTomoParticleName"] = [f"pair/{i // 2 + 1}" for i in range(n)]
     write_star(path, {"optics": pd.DataFrame(optics), "particles": pd.DataFrame(particles)})

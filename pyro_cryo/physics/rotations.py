@@ -30,6 +30,11 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
+def tilt(angle_deg: float) -> Tensor:
+    """The view turned about its x axis, (3, 3): a particle at R is seen at tilt(angle_deg) @ R."""
+    return exp(torch.tensor([math.radians(angle_deg), 0.0, 0.0]))
+
+
 def exp(vector: Tensor) -> Tensor:
     """Rotation vectors in radians (*batch, 3) to matrices (*batch, 3, 3): Rodrigues' formula, smooth at zero."""
     square = vector.square().sum(-1)[..., None, None]
