@@ -126,15 +126,17 @@ class _Cells:
 
     @staticmethod
     def of(level: Level, batch: Batch, rotation: Tensor, shift: Tensor, value: Tensor) -> _Cells:
-        most = value.amax((1, 2))[:, None]
-        share = (value - most[..., None]).clamp_min_(NOTHING).exp_()
-        each = share.sum(1).log() + most
+        # What is nothing in one image may be much in another: where images add up, each rotation has its own scale.
+        most = value.amax(1 if batch.several else (1, 2), keepdim=True)
+        share = (value - most).clamp_min_(NOTHING).exp_()
+        each = share.sum(1).log() + most[:, 0]
         mass = batch.by_particle(each)
-        if batch.several:
-            other = batch.of_images(mass) - each  # what the particle's other images say of a rotation
-            other = (other - other.amax(1, keepdim=True)).clamp_min_(NOTHING).exp_()
-            return _Cells(level, rotation, shift, value, mass, (share @ other[..., None])[..., 0].log() + most)
-        return _Cells(level, rotation, shift, value, mass, share.sum(2).log() + most)
+        if not batch.several:
+            return _Cells(level, rotation, shift, value, mass, share.sum(2).log() + most[..., 0])
+        told = batch.of_images(mass) - each + most[:, 0]  # of a rotation's best shift, with what other images say
+        best = told.amax(1, keepdim=True)
+        of_shift = (share @ (told - best).clamp_min_(NOTHING).exp_()[..., None])[..., 0].log() + best
+        return _Cells(level, rotation, shift, value, mass, of_shift)
 
 
 @dataclass(frozen=True)
