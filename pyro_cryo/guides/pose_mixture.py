@@ -97,8 +97,7 @@ class PoseMixture(nn.Module):
     """Samples `rotation` and `translation` from the modes of each image; it has no parameters.
 
     modes:      of N images, a row for every `batch.index`; translations in pixels of the model's box. They are read at
-                every batch, so that a solver may go on changing them in place. Where they lie on another device than
-                the batch, a read waits for it.
+                every batch. Where they lie on another device than the batch, a read waits for it.
     enumerated: TraceEnum_ELBO(max_plate_nesting=1) then sums over the cells, and the model sees poses (K, B, 3, 3);
                 where z depends on the pose (`PosedGuide`) a cell is drawn. Other ELBOs draw one anyway, which as the
                 weights are fixed needs no score function.

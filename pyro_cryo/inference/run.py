@@ -193,7 +193,9 @@ def guide_of(model: CryoModel, poses: PoseModes | None) -> nn.Module:
             f"the guide of {type(model).__name__} says nothing of z; let make_guide return one with "
             "posterior(batch), such as pyro_cryo.guides.encoder.ImageEncoder(self)"
         )
-    return rest if poses is None else PosedGuide(PoseMixture(poses, enumerated=False), rest)
+    if poses is None:
+        return rest
+    return PosedGuide(PoseMixture(poses.to(model.log_sigma.device), enumerated=False), rest)
 
 
 def write_poses(folder: Path, poses: PoseModes) -> None:

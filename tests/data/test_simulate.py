@@ -15,6 +15,7 @@ import torch
 from pyro_cryo.data.blobs import Complex
 from pyro_cryo.data.density_maps import kaiser_bessel_grid, read_kaiser_bessel
 from pyro_cryo.data.mrc_map import write_map
+from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import (
     TOYS,
     DensityMaps,
@@ -344,3 +345,21 @@ def test_the_reference_scores_read_a_case(tmp_path: Path, shared: Path) -> None:
     scored = subprocess.run([*command, *poses], capture_output=True, text=True, env=environment, check=True).stdout
     assert "median 0.0" in scored
     assert "hand kept" in scored
+
+
+def test_tilt_pairs_show_a_particle_twice(tmp_path: Path) -> None:
+    star = simulate(hinge(7), tmp_path, n_images=40, box=16, snr=5.0, tilt_deg=40.0, seed=4)
+    truth = truth_of(tmp_path)
+    one, other = truth["rotation"][::2], truth["rotation"][1::2]
+    c, s = np.cos(np.radians(40)), np.sin(np.radians(40))
+    np.testing.assert_allclose(other, np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ one, atol=1e-5)
+    np.testing.assert_array_equal(truth["state"][::2], truth["state"][1::2])
+    assert (truth["shift_px"][::2] != truth["shift_px"][1::2]).all()
+    particles = Particles.open(star)
+    assert particles.n_particles == 20
+    np.testing.assert_array_equal(particles.particle.numpy(), np.arange(40) // 2)
+    np.testing.assert_allclose(particles.rotation.numpy(), truth["rotation"], atol=1e-4)
+    with pytest.raises(ValueError, match="41 images of tilt pairs; give 42"):
+        simulate(hinge(7), tmp_path / "odd", n_images=41, box=16, tilt_deg=40.0)
+    with pytest.raises(ValueError, match="tilt_deg nan; give degrees"):
+        simulate(hinge(7), tmp_path / "odd", n_images=42, box=16, tilt_deg=float("nan"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from images import hinge_images
 
+from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.ab_initio import ab_initio
 from pyro_cryo.physics.rotations import align_poses, angle_deg
 
@@ -22,3 +23,18 @@ def test_poses_are_found_up_to_frame_and_hand(tmp_path: Path) -> None:
     rotation, _ = align_poses(found.modes.best[0], particles.rotation)
     assert float(angle_deg(rotation, particles.rotation).median()) < 7
     assert found.volume.shape == (BOX, BOX, BOX)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*no CTF")
+@pytest.mark.parametrize(("tilted", "within_deg"), [(True, 0.2), (False, 1.0)])
+def test_a_hand_is_found_from_a_hundred_images(shared: Path, tilted: bool, within_deg: float) -> None:
+    """Images without noise; with their tilt pairs the map's hand is determined, and the hand's poses are closer."""
+    folder = shared / "data" / "simulated" / "cryodrgn_hand"
+    pair = {"tilt": folder / "hand_tilt.mrcs", "tilt_deg": 45.0} if tilted else {}
+    true = Particles.open(folder / "hand.mrcs", apix=1.0, poses=folder / "hand_rot.pkl", **pair)
+    bare = Particles.open(folder / "hand.mrcs", apix=1.0, **pair)
+    found = ab_initio(bare, torch.eye(3)[None], generator=torch.Generator().manual_seed(1))
+    rotation, flipped = align_poses(found.modes.best[0], true.rotation)
+    assert float(angle_deg(rotation, true.rotation).median()) < within_deg
+    assert not (tilted and flipped)
