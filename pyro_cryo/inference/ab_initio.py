@@ -6,7 +6,10 @@
    comes to all images are searched, a few peaks of each
 3. passes in which these climb and the map is solved for anew, while the band grows as far as there are pixels
 
-The hand of the map is not determined by the images: its mirror image explains them as well.
+The hand of the map is not determined by the images: its mirror image explains them as well. It is where particles are
+seen from several sides.
+
+Particles of several kinds have several maps (`map_mixture`), which part from the one that won.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PosePrior
+from pyro_cryo.inference.map_mixture import grids, parted
 from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, sample_rows
 from pyro_cryo.inference.search import Level
@@ -34,6 +38,7 @@ SAMPLE = 400  # images of a pass in which all grids are searched
 JUDGED = 500  # images that judge the race
 RACE = (4, 5, 6, 6, 6, 7, 7, 7)  # cycles a box, a pass each, from every random map
 SETTLING = (7,) * 8 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
+SETTLED = 6  # passes of these, before one map is parted into several
 VIEWS = 10  # of an image, in those passes
 FINE = 10.0
 SEARCHED = (Level(2, 3, 7.0), Level(3, 4, FINE))  # cells of 15 degrees, then of 7.5
@@ -49,6 +54,7 @@ def ab_initio(
     symmetry: Tensor,
     *,
     shift_sd: float | None = None,
+    maps: int = 1,
     starts: int = 2,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
@@ -59,6 +65,8 @@ def ab_initio(
 
     symmetry: (G, 3, 3) point group of the map
     shift_sd: of the particles about the box centre, pixels along each axis (default: box / 25)
+    maps:     how many different ones the particles may have. With several, poses are searched in all of them and each
+              image's are relative to its own map; they do not climb, and the map that comes with them is of all images
     starts:   random maps that are raced
     kept:     file of the state after each stage, from which a killed search goes on
     """
@@ -71,8 +79,25 @@ def ab_initio(
     )
     sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
     em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
+    if maps > 1:
+        return through(em, [lambda _: _mixed(em, starts, maps)], kept)
     bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, box / 2 - 1)]
     return through(em, [lambda _: _found(em, starts), lambda reached: _all_searched(em, reached), *bands], kept)
+
+
+def _mixed(em: PoseEM, starts: int, maps: int) -> Reached:
+    """The peaks of all images in several maps."""
+    known = _raced(em, starts)
+    for kmax in SETTLING[:SETTLED]:
+        known = _passed(em, known, kmax)
+    mixture = parted(em, known, maps).on(box_of(FINE, em.particles.box))
+    everyone = torch.arange(len(em.particles))
+    found = em.search(everyone, mixture.known, SEARCHED, PEAKS, log_share=mixture.log_share)
+    share = found.which[:, 0].bincount(minlength=maps) / len(everyone)
+    em.progress.note("shares of the maps " + ", ".join(f"{one:.2f}" for one in share.tolist()))
+    return Reached(
+        em.add(everyone, found, known.on(box_of(FINE, em.particles.box))), found.modes, float(found.evidence.mean())
+    )
 
 
 def _found(em: PoseEM, starts: int) -> Reached:
@@ -125,7 +150,7 @@ def _raced(em: PoseEM, starts: int) -> Solved:
             known = _passed(em, known, kmax)
         raced.append((known, em.sigma))
     em.sigma = torch.stack([sigma for _, sigma in raced]).mean(0)
-    evidence = [float(em.search(judges, known, _grids(RACE[-1]), 1).evidence.mean()) for known, _ in raced]
+    evidence = [float(em.search(judges, known, grids(RACE[-1]), 1).evidence.mean()) for known, _ in raced]
     best = max(range(starts), key=evidence.__getitem__)
     em.progress.note(f"log evidence of the starts {', '.join(f'{e:.2f}' for e in evidence)}")
     known, em.sigma = raced[best]
@@ -136,12 +161,7 @@ def _passed(em: PoseEM, known: Solved, kmax: float) -> Solved:
     """The next map, from a sample of the images, each from its best views in a whole grid."""
     known = known.on(box_of(kmax, em.particles.box))
     rows = em.sample(SAMPLE)
-    return em.add(rows, em.search(rows, known, _grids(kmax), VIEWS, apart=0.0), known)
-
-
-def _grids(kmax: float) -> tuple[Level, ...]:
-    """One level, searched whole: cells of 30 degrees, or of 15 where the band tells them apart."""
-    return (Level(1 if kmax < 6 else 2, 3, kmax),)
+    return em.add(rows, em.search(rows, known, grids(kmax), VIEWS, apart=0.0), known)
 
 
 def _random_map(em: PoseEM) -> Solved:

@@ -7,8 +7,9 @@ and the noise is what drawn poses leave of the images; the map is then solved fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,38 +92,62 @@ class PoseEM:
         self.generator, self.progress, self.support = generator, progress, support
         self.device = sigma.device
 
-    def search(self, rows: Tensor, known: Solved, levels: tuple[Level, ...], peaks: int, apart: float = APART) -> Found:
-        """Peaks of the poses of some images (n,) in a map, on the CPU; translations in pixels of D."""
-        sd = self.prior.shift_sd * known.box / self.particles.box
+    def search(
+        self,
+        rows: Tensor,
+        known: Solved | Sequence[Solved],
+        levels: tuple[Level, ...],
+        peaks: int,
+        apart: float = APART,
+        log_share: Tensor | None = None,
+    ) -> Found:
+        """Peaks of the poses of some images (n,) in a map, or in several; on the CPU, translations in pixels of D."""
+        maps = [known] if isinstance(known, Solved) else known
+        box, volume = maps[0].box, torch.stack([one.volume for one in maps])
+        sd = self.prior.shift_sd * box / self.particles.box
         turn = random_rotations(1, self.generator)[0] if len(self.symmetry) == 1 else None
-        search = Search(known.volume, levels, EXTENT * sd, sd, self.symmetry, peaks=peaks, apart=apart, turn=turn)
+        how: dict[str, Any] = {"peaks": peaks, "apart": apart, "turn": turn, "log_share": log_share}
+        search = Search(volume, levels, EXTENT * sd, sd, self.symmetry, **how)
         parts = []
-        for batch in self._batches(rows, known.box, BATCH, "search"):
-            found = search(batch, self.noise(known.box))
+        for batch in self._batches(rows, box, BATCH, "search"):
+            found = search(batch, self.noise(box))
             parts.append(replace(found, translation=found.translation / self._px(batch)[:, None, None]).to("cpu"))
         return Found.of(parts)
 
     def add(self, rows: Tensor, found: Found, known: Solved) -> Solved:
         """The next map, of the same box, from some images (n,) at all their peaks by weight; noise is learned."""
-        sums = self._sums(known)
-        for batch in self._batches(rows, known.box, BATCH):
-            mine = found[batch.index.cpu()].to(self.device)
-            weight = mine.log_mass.softmax(1)
-            for peak in range(weight.shape[1]):
-                sums.add(self.posed(batch, mine.rotation[:, peak], mine.translation[:, peak]), weight[:, peak])
-        return self._solved(sums)
+        sums = self.sums(known)
+        self.add_up(rows, found, found.log_mass.softmax(1), [sums])
+        self.learn_noise(sums)
+        return self.solved(sums)
+
+    def add_up(self, rows: Tensor, found: Found, weight: Tensor, sums: Sequence[Sums]) -> None:
+        """Some images (n,) at all their peaks, by weight (n, K), to the sums of the map in which each peak is."""
+        for batch in self._batches(rows, sums[0].known.box, BATCH):
+            index = batch.index.cpu()
+            mine, share = found[index].to(self.device), weight[index].to(self.device)
+            for peak in range(share.shape[1]):
+                posed = self.posed(batch, mine.rotation[:, peak], mine.translation[:, peak])
+                if len(sums) == 1:
+                    sums[0].add(posed, share[:, peak])
+                    continue
+                for number, own in enumerate(sums):
+                    here = (mine.which[:, peak] == number).nonzero()[:, 0]
+                    if len(here):
+                        own.add(posed[here], share[here, peak])
 
     def climb(self, rows: Tensor, modes: PoseModes, known: Solved, kmax: float, steps: int) -> tuple[Solved, float]:
         """A pass over some images (n,): modes climb in a map, in place, compared up to kmax cycles a box; the next map.
 
         Beside it the mean log evidence of an image, less that of an empty one.
         """
-        sums, evidence = self._sums(known), torch.zeros((), device=self.device)
+        sums, evidence = self.sums(known), torch.zeros((), device=self.device)
         likelihood = MapLikelihood(slope_grid(known.volume), self.noise(known.box))
         for batch, mine, gain in self.climbing(rows, modes, likelihood, known.box, kmax, steps):
             evidence += gain.sum()
             sums.add(self.posed(batch, *mine.drawn(self.generator, batch)))
-        return self._solved(sums, enveloped=True), float(evidence) / len(rows)
+        self.learn_noise(sums)
+        return self.solved(sums, enveloped=True), float(evidence) / len(rows)
 
     def climbing(
         self, rows: Tensor, modes: PoseModes, likelihood: PoseLikelihood, box: int, kmax: float, steps: int
@@ -162,14 +187,22 @@ class PoseEM:
         """Images at poses (B, 3, 3), (B, 2), translations in pixels of D."""
         return replace(batch, rotation=rotation, translation=translation * self._px(batch)[:, None])
 
-    def _sums(self, known: Solved) -> _Sums:
+    def sums(self, known: Solved) -> Sums:
+        """Nothing yet."""
         sigma = self.noise(known.box)
         empty = NormalEquations.empty(known.box, self.device)
         grid = fourier_grid(known.volume)
-        return _Sums(known, grid, sigma, self.symmetry, empty, torch.zeros_like(sigma), torch.zeros_like(sigma))
+        return Sums(known, grid, sigma, self.symmetry, empty, torch.zeros_like(sigma), torch.zeros_like(sigma))
 
-    def _solved(self, sums: _Sums, enveloped: bool = False) -> Solved:
-        """The posterior mean of the map, within the ball; sigma is what the images' poses left.
+    def learn_noise(self, *sums: Sums) -> None:
+        """sigma, from what the poses left of the images that were added to these."""
+        box, square, count = sums[0].known.box, sum(s.square for s in sums), sum(s.count for s in sums)
+        sd = noise_floor((0.5 * torch.as_tensor(square) / torch.as_tensor(count).clamp_min(1e-6)).sqrt())
+        last = box // 2 + (1 if box == self.particles.box else 0)  # the shell of the corner is half empty
+        self.sigma[:, 1:last] = sd[:, 1:last] * (self.particles.box / box)
+
+    def solved(self, sums: Sums, enveloped: bool = False) -> Solved:
+        """The posterior mean of the map, within the ball.
 
         enveloped: the map is solved for twice, the second time under a prior that expects density where the first has
                    it: noise in the solvent is what poses would otherwise be fitted to
@@ -183,8 +216,6 @@ class PoseEM:
             posterior = _with_prior(sums.equations.posterior(envelope, order=order, like=posterior))
             volume = posterior.to_map(posterior.mean(1e-2))
         variance = box * posterior.determined() / posterior.seen.clamp_min(1e-30) / order
-        last = box // 2 + (1 if box == self.particles.box else 0)  # the shell of the corner is half empty
-        self.sigma[:, 1:last] = sums.noise()[:, 1:last] * (self.particles.box / box)
         return Solved(volume, variance)
 
 
@@ -194,7 +225,7 @@ def _with_prior(posterior: VoxelPosterior) -> VoxelPosterior:
 
 
 @dataclass(frozen=True)
-class _Sums:
+class Sums:
     """What a pass adds up: normal equations, and squares of what a map leaves of the images, by shell."""
 
     known: Solved
@@ -211,6 +242,12 @@ class _Sums:
         square = left_of(batch, self.grid).square().sum(-1) + batch.ctf.square() * self.known.variance[batch.half.shell]
         add_shells(self.square, self.count, square, batch, weight)
 
-    def noise(self) -> Tensor:
-        """The noise sd: (noise groups, shells)."""
-        return noise_floor((0.5 * self.square / self.count.clamp_min(1e-6)).sqrt())
+    def count_on(self, before: Sums, factor: float) -> None:
+        """Add what earlier sums on the same box hold, times a factor."""
+        for mine, theirs in (
+            (self.equations.value, before.equations.value),
+            (self.equations.weight, before.equations.weight),
+            (self.square, before.square),
+            (self.count, before.count),
+        ):
+            mine.add_(theirs, alpha=factor)

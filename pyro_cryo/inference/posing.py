@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.points import ClassesCoefficients
 from pyro_cryo.guides.poses import PoseModes, prior_of
 from pyro_cryo.inference.ab_initio import ab_initio
 from pyro_cryo.inference.moving import refined_with_motion
@@ -27,7 +28,8 @@ def find_poses(
     """Posteriors of the poses under `model.poses`: in one map for all images, or where the model has z in a family.
 
     Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
-    rotation and the hand of the map. The family is linear, whatever the model's own: it only has to follow what moves.
+    rotation and the hand of the map, in as many maps at once as a model of classes has. The family is linear, whatever
+    the model's own: it only has to follow what moves.
 
     kept: file of the state on the way, from which what was killed goes on
     """
@@ -39,7 +41,8 @@ def find_poses(
     if math.isfinite(prior.turn_sd):
         refine = refined_with_motion if model.zdim else refined
         return refine(particles, prior, symmetry, kept=kept, **how).modes
-    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, kept=kept, **how)
+    classes = isinstance(getattr(model, "coefficients", None), ClassesCoefficients)
+    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=model.zdim if classes else 1, kept=kept, **how)
     if not model.zdim:
         return found.modes
     rotation, translation = found.modes.best

@@ -13,6 +13,9 @@ A particle that is seen in several images, each turned from the first by a known
 own, is searched as a whole: the log mass of a rotation R is the sum over its images of that of T_v R, the shift summed
 over. Images with the same T_v have the same slices.
 
+Several maps, of classes or of one family at several z, are searched at once: a hypothesis is a map and a cell of
+rotations, numbered map by map in the order of the grid, which is nested all the same.
+
 What a beam leaves out is not what the level that is cut says of it: the cells of most mass are those whose centres lie
 well by chance. So some of the others, drawn by their mass, are cut and compared as well; each stands for those like it.
 """
@@ -64,8 +67,9 @@ class Found(Rows):
     log_mass:    (B, K) of the cells about each peak, the first one's the largest; minus infinity beyond the last peak
     left_out:    (B,) share of the mass that the beams left out, as the finer level sees it: an estimate from probes
     evidence:    (B,) log mean likelihood over the poses of the first level, beside that of an empty image
+    which:       (B, K) long, the map in which each peak is
 
-    The last three are of the particle, alike in all its images.
+    All but rotation and translation are of the particle, alike in all its images.
     """
 
     rotation: Tensor
@@ -73,6 +77,7 @@ class Found(Rows):
     log_mass: Tensor
     left_out: Tensor
     evidence: Tensor
+    which: Tensor
 
     @property
     def modes(self) -> PoseModes:
@@ -125,13 +130,14 @@ class _Cells:
     of_shift: Tensor
 
     @staticmethod
-    def of(level: Level, batch: Batch, rotation: Tensor, shift: Tensor, value: Tensor) -> _Cells:
+    def of(level: Level, batch: Batch, rotation: Tensor, shift: Tensor, value: Tensor, log_prior: Tensor) -> _Cells:
+        """log_prior (n, C) or (C,) of the maps that the rotations are of."""
         # What is nothing in one image may be much in another: where images add up, each rotation has its own scale.
         most = value.amax(1 if batch.several else (1, 2), keepdim=True)
         share = (value - most).clamp_min_(NOTHING).exp_()
         each = share.sum(1).log() + most[:, 0]
-        mass = batch.by_particle(each)
-        if not batch.several:
+        mass = batch.by_particle(each) + log_prior
+        if not batch.several and not bool(log_prior.any()):
             return _Cells(level, rotation, shift, value, mass, share.sum(2).log() + most[..., 0])
         told = batch.of_images(mass) - each + most[:, 0]  # of a rotation's best shift, with what other images say
         best = told.amax(1, keepdim=True)
@@ -170,9 +176,9 @@ class _Beam:
 
 
 class Search:
-    """A search for the poses of images in one map.
+    """A search for the poses of images in one map, or in which of several and where.
 
-    volume:    (b, b, b), b the box of the images
+    volume:    (b, b, b), b the box of the images, or (M, b, b, b)
     levels:    coarse to fine
     extent_px: half the side of the square of shifts, pixels of that box
     shift_sd:  of their prior, Normal(0, shift_sd^2), those pixels
@@ -181,6 +187,7 @@ class Search:
     peaks:     K
     apart:     steps of the last grid, within which cells are of one peak; 0 makes every cell a peak
     turn:      (3, 3) rotation of the whole grid: R @ turn for R. Only without symmetry; default none
+    log_share: (M,) log of how many particles each map has, of all; default: each as many
     """
 
     def __init__(
@@ -194,11 +201,18 @@ class Search:
         peaks: int = 4,
         apart: float = APART,
         turn: Tensor | None = None,
+        log_share: Tensor | None = None,
     ) -> None:
         self.levels, self.extent, self.shift_sd, self.beam, self.peaks = levels, extent_px, shift_sd, beam, peaks
         self.apart_deg = apart * rotation_grid.step_deg(levels[-1].rotations)
-        self.half, self.grid = HalfPlane.of(len(volume), volume.device), fourier_grid(volume)
-        self.cells = rotation_grid.covering(levels[0].rotations, symmetry.to(volume.device))
+        box, maps = volume.shape[-1], 1 if volume.dim() == 3 else len(volume)
+        self.half = HalfPlane.of(box, volume.device)
+        self.grids = [fourier_grid(one) for one in volume.view(maps, box, box, box)]
+        level, each = levels[0].rotations, rotation_grid.covering(levels[0].rotations, symmetry.to(volume.device))
+        number = torch.arange(maps, device=volume.device)
+        self.cells = (rotation_grid.count(level) * number[:, None] + each).flatten()
+        equal = torch.full((maps,), -math.log(maps), device=volume.device)
+        self.log_share = equal if log_share is None else log_share.to(volume.device)
         self.shifts = shift_grid.disc(levels[0].shifts, volume.device)
         self.turn = torch.eye(3, device=volume.device) if turn is None else turn.to(volume.device)
         self._tables: dict[tuple[Level, _View], Tensor] = {}
@@ -223,8 +237,8 @@ class Search:
     def _of(self, batch: Batch, seen: _Seen, sigma: Tensor) -> Found:
         first, *finer = self.levels
         value = self._log_posterior(batch, seen, sigma, first, self.cells, self.shifts)
-        cells = _Cells.of(first, batch, self.cells, self.shifts, value)
-        evidence = cells.mass.logsumexp(1) - math.log(cells.mass.shape[1])
+        cells = self._cells(first, batch, self.cells, self.shifts, value)
+        evidence = cells.mass.logsumexp(1) - math.log(len(self.cells) / len(self.grids))
         kept = torch.ones_like(evidence)
         for level in finer:
             turns = _Beam.of(cells.rotation, cells.mass, self.beam, PROBES)
@@ -235,15 +249,19 @@ class Search:
                 shifts = shifts.cut(shift_grid.children)
             value = self._log_posterior(batch, seen, sigma, level, turns.cell, shifts.cell)
             own = value[:, : shifts.own, : turns.own]
-            cells = _Cells.of(level, batch, turns.cell[:, : turns.own], shifts.cell[:, : shifts.own], own)
+            cells = self._cells(level, batch, turns.cell[:, : turns.own], shifts.cell[:, : shifts.own], own)
             every = batch.by_particle((value + shifts.log_weight[..., None]).logsumexp(1)) + turns.log_weight
+            every = every + self.log_share[self._map(turns.cell, level)]
             kept = kept * (cells.mass.logsumexp(1) - every.logsumexp(1)).exp()
-        rotation, translation, mass = self._peaks(batch, cells)
+        rotation, translation, mass, which = self._peaks(batch, cells)
         return Found(
             batch.relative[:, None] @ batch.of_images(rotation),
             translation,
-            *(batch.of_images(value) for value in (mass, 1 - kept, evidence)),
+            *(batch.of_images(value) for value in (mass, 1 - kept, evidence, which)),
         )
+
+    def _cells(self, level: Level, batch: Batch, rotation: Tensor, shift: Tensor, value: Tensor) -> _Cells:
+        return _Cells.of(level, batch, rotation, shift, value, self.log_share[self._map(rotation, level)])
 
     def _log_posterior(
         self, batch: Batch, seen: _Seen, sigma: Tensor, level: Level, rotation: Tensor, shift: Tensor
@@ -274,47 +292,58 @@ class Search:
 
     def _slices(self, half: HalfPlane, level: Level, views: list[_View], view: int, cell: Tensor) -> Tensor:
         """Slices at cells (C,) or (b, C), as one of all views has them: (C, P) or (b, C, P) complex."""
-        size = rotation_grid.count(level.rotations) * len(half)
+        count = len(self.grids) * rotation_grid.count(level.rotations)
+        size = count * len(half)
         if size * len(views) > TABLE:
             return self._read(half, level, views[view], cell)
         key = (level, views[view])
         if key not in self._tables:
             if sum(table.numel() for table in self._tables.values()) + size > TABLE:
                 self._tables.clear()
-            everywhere = rotation_grid.cells(level.rotations, device=cell.device)
-            self._tables[key] = self._read(half, level, views[view], everywhere)
+            self._tables[key] = self._read(half, level, views[view], torch.arange(count, device=cell.device))
         return self._tables[key][cell]
 
     def _read(self, half: HalfPlane, level: Level, view: _View, cell: Tensor) -> Tensor:
         rotation = view.turn.to(self.turn) @ self._rotations(cell, level)
-        return read_grid(self.grid, slice_coordinates(rotation, half.k) * view.freq_scale)
+        points = slice_coordinates(rotation, half.k) * view.freq_scale
+        if len(self.grids) == 1:
+            return read_grid(self.grids[0], points)
+        slices, which = points.new_empty(points.shape[:-1], dtype=torch.complex64), self._map(cell, level)
+        for number, grid in enumerate(self.grids):
+            there = which == number
+            slices[there] = read_grid(grid, points[there])
+        return slices
+
+    def _map(self, cell: Tensor, level: Level) -> Tensor:
+        return cell // rotation_grid.count(level.rotations)
 
     def _rotations(self, cell: Tensor, level: Level) -> Tensor:
-        return rotation_grid.centres(cell, level.rotations) @ self.turn
+        return rotation_grid.centres(cell % rotation_grid.count(level.rotations), level.rotations) @ self.turn
 
-    def _peaks(self, batch: Batch, cells: _Cells) -> tuple[Tensor, Tensor, Tensor]:
+    def _peaks(self, batch: Batch, cells: _Cells) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Peaks: the heaviest cell, then the heaviest that is not near, ...
 
-        Rotation (n, K, 3, 3) and log mass (n, K) of particles, translation (B, K, 2) of images.
+        Rotation (n, K, 3, 3), log mass (n, K) and map (n, K) of particles, translation (B, K, 2) of images.
         """
         level = cells.level
         mass, place = cells.mass.topk(min(4 * self.beam, cells.mass.shape[1]), 1)
         cell = _taken(cells.rotation, place)
         value = cells.value.gather(2, batch.of_images(place)[:, None].expand(-1, cells.value.shape[1], -1))
         shift = _taken(cells.shift, value.argmax(1))
-        rotation = self._rotations(cell, level)
+        rotation, which = self._rotations(cell, level), self._map(cell, level)
         image = torch.arange(len(mass), device=mass.device)
         at, masses = [], []
         for _ in range(self.peaks):
             heaviest = mass.argmax(1)
             near = angle_deg(rotation, rotation[image, heaviest][:, None]) < self.apart_deg
+            near &= which == which[image, heaviest][:, None]
             near[image, heaviest] = True
             at.append(heaviest)
             masses.append(mass.masked_fill(~near, -torch.inf).logsumexp(1))
             mass = mass.masked_fill(near, -torch.inf)
         peak = torch.stack(at, 1)
         translation = shift_grid.centres(shift.gather(1, batch.of_images(peak)), level.shifts, self.extent)
-        return rotation[image[:, None], peak], translation, torch.stack(masses, 1)
+        return rotation[image[:, None], peak], translation, torch.stack(masses, 1), which.gather(1, peak)
 
 
 def _views(batch: Batch) -> tuple[list[_View], Tensor]:

@@ -111,3 +111,27 @@ def test_a_symmetric_map_is_searched_in_its_asymmetric_unit(volume: Tensor, batc
     group = point_group("C4")
     cells = Search(volume, (Level(1, 2, 4.5),), 3.0, SHIFT_SD, group).cells
     assert len(cells) == rotation_grid.count(1) // 4
+
+
+def test_several_maps_are_searched_at_once(
+    volume: Tensor, batch: Batch, sigma: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image is found in the map that it shows, with the mass that a search of this map alone finds."""
+    levels, log_share = (Level(1, 2, 4.5), Level(2, 3, 7.0)), torch.tensor([0.2, 0.5, 0.3]).log()
+    part = volume.clone()
+    part[: BOX // 2] = 0
+    maps = torch.stack([0.3 * volume.flip(0), volume, part])
+    both = Search(maps, levels, 3.0, SHIFT_SD, EVERY, beam=24, log_share=log_share)
+    found = both(batch, sigma)
+    assert float((found.which[:, 0] == 1).float().mean()) > 0.9
+    alone = Search(volume, levels, 3.0, SHIFT_SD, EVERY, beam=24)(batch, sigma)
+    same = (found.which[:, 0] == 1) & (angle_deg(found.rotation[:, 0], alone.rotation[:, 0]) < 1)
+    assert float(same.float().mean()) > 0.85
+    gained = found.log_mass[same, 0] - alone.log_mass[same, 0]
+    assert abs(float(gained.median()) - float(log_share[1])) < 1e-2
+    each = [Search(one, levels, 3.0, SHIFT_SD, EVERY, beam=24)(batch, sigma).evidence for one in maps]
+    torch.testing.assert_close(found.evidence, (torch.stack(each, 1) + log_share).logsumexp(1), atol=2e-2, rtol=1e-4)
+    monkeypatch.setattr("pyro_cryo.inference.search.TABLE", 1)
+    unkept = Search(maps, levels, 3.0, SHIFT_SD, EVERY, beam=24, log_share=log_share)(batch, sigma)
+    torch.testing.assert_close(unkept.log_mass[:, 0], found.log_mass[:, 0], atol=1e-3, rtol=1e-4)
+    assert bool((unkept.which == found.which).float().mean() > 0.99)
