@@ -1,8 +1,9 @@
-"""Images that several tests look at: of blobs at known poses, and of a hinge that fills its box."""
+"""What several tests look at: images of blobs at known poses, of a hinge that fills its box; a model of a known map."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
-from pyro_cryo.model import form_image
+from pyro_cryo.model import CryoModel, form_image
 from pyro_cryo.physics.fourier import HalfPlane, radius
 from pyro_cryo.physics.rotations import random_rotations
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.pose import AnyPose
+from pyro_cryo.volumes.grid import VoxelGrid
 
 
 def blobs(box: int, radius_px: float) -> Tensor:
@@ -82,3 +85,14 @@ def almost_symmetric(box: int, radius_px: float, apart: float) -> Tensor:
     turned = torch.zeros_like(whole)
     turned[:, 1:, 1:] = whole[:, 1:, 1:].flip(1, 2)
     return 0.5 * (whole + turned) + apart * whole
+
+
+class Given(CryoModel):
+    """A map that is known, images from anywhere."""
+
+    def __init__(self, volume: Tensor, sigma: float, shift_sd_px: float) -> None:
+        super().__init__(len(volume))
+        self.volume = VoxelGrid(len(volume))
+        self.volume.set(volume)
+        self.log_sigma.data.fill_(math.log(sigma))
+        self.poses = AnyPose(shift_sd_px)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pyro
 import pytest
 import torch
-from images import almost_symmetric, blobs, observed
+from images import Given, almost_symmetric, blobs, observed
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from quadrature import evidence
@@ -22,25 +22,13 @@ from pyro_cryo.guides.pose_mixture import PosedGuide, PoseGaussians, PoseMixture
 from pyro_cryo.guides.pose_moments import matched
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
 from pyro_cryo.inference.elbo import ReparameterisedELBO
-from pyro_cryo.model import CryoModel, form_image, noise_of
+from pyro_cryo.model import form_image, noise_of
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.rotations import exp, point_group
 from pyro_cryo.physics.slices import fourier_grid, slice_coordinates, slope_grid
-from pyro_cryo.pose import AnyPose, PoseAbout
-from pyro_cryo.volumes.grid import VoxelGrid
+from pyro_cryo.pose import PoseAbout
 
 BOX, IMAGES, SIGMA, SHIFT_SD = 24, 48, 0.5, 2.0
-
-
-class Given(CryoModel):
-    """A map that is known, images from anywhere."""
-
-    def __init__(self, volume: Tensor) -> None:
-        super().__init__(len(volume))
-        self.volume = VoxelGrid(len(volume))
-        self.volume.set(volume)
-        self.log_sigma.data.fill_(math.log(SIGMA))
-        self.poses = AnyPose(SHIFT_SD)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +76,7 @@ def test_the_enumerated_elbo_is_the_evidence_within_a_twentieth_of_a_nat(
     log_evidence, share = evidence(batch, volume, SIGMA, modes, SHIFT_SD, level=5)
     weight = modes.log_weight.exp()
     assert int((weight.amin(1) > 0.05).sum()) >= 12  # images that are seen from two sides
-    gap = log_evidence - elbo(Given(volume), PoseMixture(modes), batch, copies=200)
+    gap = log_evidence - elbo(Given(volume, SIGMA, SHIFT_SD), PoseMixture(modes), batch, copies=200)
     assert 0 < float(gap.mean()) < 0.03
     assert float(gap.min()) > -0.04  # three standard errors of 200 draws
     assert float((gap < 0.05).float().mean()) > 0.85  # peaks of a few images are less like a Gaussian
@@ -101,7 +89,7 @@ def test_components_that_coincide_count_once(volume: Tensor, batch: Batch, modes
     heaviest = PoseModes(*(value[:, :1] for value in modes.tensors))
     one = replace(heaviest, log_weight=torch.zeros(IMAGES, 1))
     two = PoseModes(*(value.repeat(1, 2, *[1] * (value.dim() - 2)) for value in one.tensors))
-    model, few = Given(volume), batch[torch.arange(8)]
+    model, few = Given(volume, SIGMA, SHIFT_SD), batch[torch.arange(8)]
     alone = elbo(model, PoseMixture(one), few, copies=200).mean()
     with_factor = elbo(model, PoseMixture(two), few, copies=200).mean()
     without = elbo(model, poutine.block(PoseMixture(two), hide=["overlap"]), few, copies=200).mean()
@@ -131,7 +119,7 @@ def test_a_shift_has_the_pixels_of_the_image(batch: Batch, modes: PoseModes) -> 
 
 def test_a_drawn_cell_has_the_same_elbo(volume: Tensor, batch: Batch, modes: PoseModes) -> None:
     """Whatever sums over the cells or draws one; and gradients reach the map, not the table."""
-    model, few = Given(volume), batch[torch.arange(8)]
+    model, few = Given(volume, SIGMA, SHIFT_SD), batch[torch.arange(8)]
     empty = -0.5 * (few.image / SIGMA).square() - math.log(SIGMA) - 0.5 * math.log(2 * math.pi)
     enumerated = elbo(model, PoseMixture(modes), few, copies=200).mean()
     many = few[torch.arange(8).repeat(200)]
@@ -195,7 +183,7 @@ def test_modes_that_are_not_there_are_never_drawn(volume: Tensor, batch: Batch, 
         torch.cat([modes.precision, torch.eye(5).expand(IMAGES, 1, 5, 5)], 1),
         torch.cat([modes.log_weight, torch.full((IMAGES, 1), -torch.inf)], 1),
     )
-    model, few = Given(volume), batch[torch.arange(4)]
+    model, few = Given(volume, SIGMA, SHIFT_SD), batch[torch.arange(4)]
     two = elbo(model, PoseMixture(modes), few, copies=50)
     torch.testing.assert_close(elbo(model, PoseMixture(three), few, copies=50), two, atol=0.3, rtol=0)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pyro
 import pytest
 import torch
-from images import blobs, observed, seen_together
+from images import Given, blobs, observed, seen_together
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
@@ -24,8 +24,6 @@ from pyro_cryo.physics import rotation_grid, shift_grid
 from pyro_cryo.physics.fourier import HalfPlane
 from pyro_cryo.physics.rotations import angle_deg, exp
 from pyro_cryo.physics.slices import fourier_grid, slope_grid
-from pyro_cryo.pose import AnyPose
-from pyro_cryo.volumes.grid import VoxelGrid
 
 BOX, IMAGES, SIGMA, SHIFT_SD = 24, 60, 0.8, 2.0
 PARTICLE = [i // 2 for i in range(40)] + [20 + i // 4 for i in range(20)]  # 20 pairs and 5 series of four
@@ -133,17 +131,6 @@ def test_draws_turn_the_images_of_a_particle_as_one(volume: Tensor, batch: Batch
     assert float((share - torch.eye(5)).mean(0).abs().max()) < 0.1
 
 
-class Given(CryoModel):
-    """A map that is known, images from anywhere."""
-
-    def __init__(self, volume: Tensor) -> None:
-        super().__init__(len(volume))
-        self.volume = VoxelGrid(len(volume))
-        self.volume.set(volume)
-        self.log_sigma.data.fill_(math.log(SIGMA))
-        self.poses = AnyPose(SHIFT_SD)
-
-
 def log_ratios(model: CryoModel, guide: PoseMixture, batch: Batch, draws: int) -> Tensor:
     """log p(images, poses) - log q(poses) of each particle at draws from q, less log p of empty images: (draws, n)."""
     pyro.set_rng_seed(0)
@@ -165,7 +152,7 @@ def test_the_evidence_of_a_particle_is_that_of_importance_sampling(volume: Tenso
     """The densities that model and guide have, against Laplace's approximation; the ELBO is a little below."""
     modes, laplace = climbed_back(volume, batch, sigma)
     with torch.no_grad():
-        ratio = log_ratios(Given(volume), PoseMixture(modes, enumerated=False), batch, 300)
+        ratio = log_ratios(Given(volume, SIGMA, SHIFT_SD), PoseMixture(modes, enumerated=False), batch, 300)
     evidence = ratio.logsumexp(0) - math.log(len(ratio))
     assert abs(float((evidence - laplace).mean())) < 0.15  # .22 nats a particle: slices are not smooth
     assert 0.02 < float((evidence - ratio.mean(0)).mean()) < 0.2
@@ -179,7 +166,9 @@ def test_components_that_coincide_count_once_a_particle(volume: Tensor, batch: B
     for modes in (one, two):
         pyro.set_rng_seed(0)
         with torch.no_grad():
-            values.append(sum(-bound.loss(Given(volume), PoseMixture(modes), few) for _ in range(200)) / 200)
+            values.append(
+                sum(-bound.loss(Given(volume, SIGMA, SHIFT_SD), PoseMixture(modes), few) for _ in range(200)) / 200
+            )
     assert abs(values[1] - values[0]) < 4 * 0.1  # log 2 a particle if they did not
 
 
