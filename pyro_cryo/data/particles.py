@@ -402,8 +402,10 @@ class Particles:
         for values in (*fields, self.table.rotation, self.table.shift_px, self.table.sign, self.table.exposure):
             digest.update(b"none" if values is None else values.contiguous().numpy().tobytes())
         digest.update(self.table.group.numpy().tobytes() + self.half_set.numpy().tobytes())
-        if self.n_particles < len(self):
+        if self.several:
             digest.update(self.particle.numpy().tobytes())
+        if self.table.view is not None:
+            digest.update(self.table.view.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def write_star(

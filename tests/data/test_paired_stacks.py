@@ -59,6 +59,9 @@ def test_pairs_without_poses_know_how_their_views_lie(stacks: tuple[Path, Path])
     assert not pairs.has_poses
     torch.testing.assert_close(pairs.relative[::2], torch.eye(3).expand(COUNT, 3, 3))
     torch.testing.assert_close(pairs.relative[1::2], tilt(30.0).expand(COUNT, 3, 3))
+    with pytest.warns(UserWarning, match="no CTF"):
+        other = Particles.open(stacks[0], tilt=stacks[1], tilt_deg=-30.0)
+    assert other.fingerprint() != pairs.fingerprint()
     first = pairs[torch.arange(0, 6)]
     assert first.n_particles == 3
     torch.testing.assert_close(first.relative[1], tilt(30.0))
