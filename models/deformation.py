@@ -31,6 +31,7 @@ class Deformation(CryoDRGN):
     Source: Punjani and Fleet, Nature Methods 2023, with points for their mesh and voxels.
     """
 
+    pose_steps = 2500
     volume: MovingPoints  # type: ignore[assignment]
 
     def __init__(

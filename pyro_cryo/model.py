@@ -55,6 +55,7 @@ class CryoModel(nn.Module):
 
     zdim: int = 0  # dimension of z
     epochs: int = 20  # passes over the data that a fit of this model takes by default
+    pose_steps: int = 0  # of each descent, between which poses that are not known climb in the model's own maps
     arguments: dict[str, Any]  # what the model was built with: a saved run builds it again
     volume: nn.Module
     poses: nn.Module

@@ -126,6 +126,20 @@ class CurvedCoefficients(PointCoefficients):
         return made
 
 
+class TabulatedCoefficients(PointCoefficients):
+    """Features (L, C - 1) of points (L, r), all alike, of which nothing is known but there; contrast is 1."""
+
+    def __init__(self, points: Tensor, features: Tensor) -> None:
+        super().__init__(0.0)
+        self.points, self.features = points, torch.cat([torch.ones_like(features[:, :1]), features], 1)
+        self.log_weight = torch.full_like(features[:, 0], -math.log(len(points)))
+        self.to(points.device)
+
+    def at(self, z: Tensor) -> Tensor:
+        """At the nearest point."""
+        return self.features[torch.cdist(z.reshape(-1, z.shape[-1]), self.points).argmin(1)].view(*z.shape[:-1], -1)
+
+
 class ClassesCoefficients(PointCoefficients):
     """z one of the K unit vectors: a particle has one of K maps, and the mean of z is their probabilities.
 

@@ -213,6 +213,7 @@ class _Loop:
         began = time.monotonic()
         if not isinstance(self.model.poses, KnownPose):
             self._find_poses()
+            torch.manual_seed(settings.seed)  # as if the poses had been there
         if saved is None:
             self.model.prepare(self.particles, settings.seed, self.progress)
             self.elapsed = time.monotonic() - began if not self.epochs else 0.0
@@ -231,7 +232,8 @@ class _Loop:
         run.poses = None if folder is None else read_poses(folder)
         if run.poses is None:
             kept = None if folder is None else folder / "poses.part.pt"
-            run.poses = find_poses(self.model, self.particles, self.settings.seed, self.progress, kept)
+            settings = self.settings
+            run.poses = find_poses(self.model, self.particles, settings.seed, self.progress, kept, self._descended)
             if folder is not None:
                 write_poses(folder, run.poses)
                 for path in folder.glob("*poses.part.pt"):
@@ -239,6 +241,14 @@ class _Loop:
         learn_spread(self.model, self.particles, run.poses)
         vars(run).pop("particles", None)
         self.particles = run.particles
+
+    def _descended(self, posed: Particles) -> Run:
+        """A model like this one, fitted for a while to particles whose poses are taken as known."""
+        torch.manual_seed(self.settings.seed)
+        model = type(self.model)(**self.model.arguments)
+        model.poses = KnownPose()
+        settings = replace(self.settings, epochs=math.ceil(self.model.pose_steps / self.batches))
+        return fit(model, posed, progress=self.progress, **asdict(settings))
 
     def go(self) -> None:
         """To the end."""

@@ -112,7 +112,7 @@ def _passed(
     found = reconstruct(images, symmetry=em.symmetry, device=em.device, generator=em.generator, progress=em.progress)
     solver = FamilySolver(images, found, em.symmetry, generator=em.generator, progress=em.progress)
     family = solve(solver, motion_side(found))
-    likelihood = _likelihood(family, found.volume, eckart)
+    likelihood = likelihood_in(family, found.volume, eckart)
     everyone, evidence, z = torch.arange(len(em.particles)), torch.zeros((), device=em.device), []
     grid, scale, low = fourier_grid(family.maps), box / family.maps.shape[-1], likelihood.count
     for batch, mine, gain in em.climbing(everyone, modes, likelihood, box, band, STEPS):
@@ -130,7 +130,11 @@ def _passed(
     return Reached(Solved(found.volume, torch.zeros(box // 2 + 1, device=em.device)), modes, mean)
 
 
-def _likelihood(family: Family, consensus: Tensor, eckart: bool) -> FamilyLikelihood:
+def likelihood_in(family: Family, consensus: Tensor, eckart: bool) -> FamilyLikelihood:
+    """What images say of their poses in a family, and beyond its band in the consensus (D, D, D).
+
+    eckart: without the rigid part of the components
+    """
     side, box = family.maps.shape[-1], len(consensus)
     maps = family.maps
     if eckart:

@@ -13,8 +13,10 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.points import ClassesCoefficients
 from pyro_cryo.guides.poses import PoseModes, prior_of
 from pyro_cryo.inference.ab_initio import ab_initio
+from pyro_cryo.inference.decoded import Descent, refined_in_decoder
 from pyro_cryo.inference.moving import refined_with_motion
 from pyro_cryo.inference.refine import refined
+from pyro_cryo.inference.stages import Posed
 from pyro_cryo.model import CryoModel
 from pyro_cryo.pose import PoseAbout
 from pyro_cryo.progress import Progress, quiet
@@ -23,32 +25,50 @@ MOVING = 10.0  # cycles a box, in which poses from nothing are first compared wi
 
 
 def find_poses(
-    model: CryoModel, particles: Particles, seed: int = 0, progress: Progress = quiet, kept: Path | None = None
+    model: CryoModel,
+    particles: Particles,
+    seed: int = 0,
+    progress: Progress = quiet,
+    kept: Path | None = None,
+    descend: Descent | None = None,
 ) -> PoseModes:
     """Posteriors of the poses under `model.poses`: in one map for all images, or where the model has z in a family.
 
     Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
     rotation and the hand of the map, in as many maps at once as a model of classes has. The family is linear, whatever
-    the model's own: it only has to follow what moves.
+    the model's own: it only has to follow what moves. Where a model's `pose_steps` are not 0 poses then climb in its
+    own maps.
 
-    kept: file of the state on the way, from which what was killed goes on
+    kept:    file of the state on the way, from which what was killed goes on
+    descend: fits a model like this one to particles whose poses are known
     """
     prior = prior_of(model.poses, particles)
     generator = torch.Generator().manual_seed(seed)
     symmetry = getattr(model, "symmetry", torch.eye(3)[None])
     device = model.log_sigma.device
     how: dict[str, Any] = {"generator": generator, "device": device, "progress": progress}
+
+    def decoded(posed: Posed) -> PoseModes:
+        if descend is None or not model.pose_steps:
+            return posed.modes
+        return refined_in_decoder(particles, posed, symmetry, descend, kept=_beside(kept, "decoded"), **how).modes
+
     if math.isfinite(prior.turn_sd):
         refine = refined_with_motion if model.zdim else refined
-        return refine(particles, prior, symmetry, kept=kept, **how).modes
+        return decoded(refine(particles, prior, symmetry, kept=kept, **how))
     classes = isinstance(getattr(model, "coefficients", None), ClassesCoefficients)
     found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=model.zdim if classes else 1, kept=kept, **how)
     if not model.zdim:
         return found.modes
     rotation, translation = found.modes.best
     about = replace(prior, rotation=rotation, translation=translation)
-    moving = None if kept is None else kept.with_name("moving." + kept.name)
-    return refined_with_motion(particles, about, symmetry, first=MOVING, kept=moving, **how).modes
+    moving = _beside(kept, "moving")
+    return decoded(refined_with_motion(particles, about, symmetry, first=MOVING, kept=moving, **how))
+
+
+def _beside(kept: Path | None, name: str) -> Path | None:
+    """Another file of a state on the way."""
+    return None if kept is None else kept.with_name(f"{name}.{kept.name}")
 
 
 def learn_spread(model: CryoModel, particles: Particles, modes: PoseModes) -> None:
