@@ -94,6 +94,8 @@ class Batch:
     @property
     def relative(self) -> Tensor:
         """(B, 3, 3) T with R = T R_first: each image's view as seen from that of its particle's first."""
+        if not self.several:
+            return torch.eye(3, dtype=self.rotation.dtype, device=self.rotation.device).expand_as(self.rotation)
         return self.rotation @ self.of_images(self.rotation[self.first]).mT
 
     def copies(self, rows: Tensor, copy: Tensor) -> Batch:

@@ -89,8 +89,12 @@ class Found(Rows):
 
 
 class _View(NamedTuple):
-    """How an image sees its particle: the factor of its slices' coordinates, and the rotation from the first view."""
+    """How an image sees its particle: the factor of its slices' coordinates, and the rotation from the first view.
 
+    key: the same numbers, rounded: what views that are alike have in common
+    """
+
+    key: tuple[int, ...]
     freq_scale: float
     rotation: tuple[float, ...]
 
@@ -215,7 +219,7 @@ class Search:
         self.log_share = equal if log_share is None else log_share.to(volume.device)
         self.shifts = shift_grid.disc(levels[0].shifts, volume.device)
         self.turn = torch.eye(3, device=volume.device) if turn is None else turn.to(volume.device)
-        self._tables: dict[tuple[Level, _View], Tensor] = {}
+        self._tables: dict[tuple[Level, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, batch: Batch, sigma: Tensor) -> Found:
         """The peaks of images of the map's box; sigma (noise groups, b / 2 + 1)."""
@@ -296,7 +300,7 @@ class Search:
         size = count * len(half)
         if size * len(views) > TABLE:
             return self._read(half, level, views[view], cell)
-        key = (level, views[view])
+        key = (level, views[view].key)
         if key not in self._tables:
             if sum(table.numel() for table in self._tables.values()) + size > TABLE:
                 self._tables.clear()
@@ -350,8 +354,8 @@ def _views(batch: Batch) -> tuple[list[_View], Tensor]:
     """The views that a batch's images have of their particles, and which of them each has (B,)."""
     said = torch.cat([batch.freq_scale[:, None], batch.relative.flatten(1)], 1)
     alike, view = (ALIKE * said).round().long().unique(dim=0, return_inverse=True)
-    numbers = said[first_of(view, len(alike))].tolist()
-    return [_View(scale, tuple(turn)) for scale, *turn in numbers], view
+    numbers = zip(alike.tolist(), said[first_of(view, len(alike))].tolist(), strict=True)
+    return [_View(tuple(key), scale, tuple(turn)) for key, (scale, *turn) in numbers], view
 
 
 def _taken(cell: Tensor, place: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from images import blobs, observed
+from images import blobs, observed, seen_together
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
@@ -135,3 +135,13 @@ def test_several_maps_are_searched_at_once(
     unkept = Search(maps, levels, 3.0, SHIFT_SD, EVERY, beam=24, log_share=log_share)(batch, sigma)
     torch.testing.assert_close(unkept.log_mass[:, 0], found.log_mass[:, 0], atol=1e-3, rtol=1e-4)
     assert bool((unkept.which == found.which).float().mean() > 0.99)
+
+
+def test_slices_of_a_level_are_read_once(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
+    """Whatever the images' own poses are."""
+    search = Search(volume, (Level(1, 2, 4.5),), 3.0, SHIFT_SD, EVERY)
+    for rows in torch.arange(IMAGES).split(20):
+        search(batch[rows], sigma)
+        pairs = batch[rows]
+        search(seen_together(pairs, [i // 2 for i in range(20)]), sigma)
+    assert len(search._tables) == 1 + 3 * 10  # that of first views, and a second one of each pair
