@@ -110,7 +110,7 @@ def test_a_killed_refinement_goes_on(swinging: Particles, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             refined_with_motion(some, prior, EVERY, components=1, kept=tmp_path / "poses.pt")
     again = refined_with_motion(some, prior, EVERY, components=1, kept=tmp_path / "poses.pt")
-    # A manifold is not solved to the last digit twice.
-    assert float(angle_deg(whole.modes.best[0], again.modes.best[0]).max()) < 0.3
+    # A manifold is not solved to the last digit twice, and where a peak is flat its top is anywhere.
+    assert float(angle_deg(whole.modes.best[0], again.modes.best[0]).quantile(0.95)) < 0.15
     assert again.evidence == pytest.approx(whole.evidence, abs=0.05)
     assert float(angle_deg(again.modes.best[0], some.rotation).median()) > 0.3  # they moved
