@@ -112,9 +112,13 @@ class PoseMixture(nn.Module):
         """The table."""
         return self._modes[0]
 
+    def rows(self, batch: Batch) -> PoseModes:
+        """Those of a batch's images, beside them."""
+        return self.modes[batch.index.to(self.modes.rotation.device)].to(batch.image.device)
+
     def of(self, batch: Batch) -> tuple[PoseGaussians, Tensor]:
         """The components (B, K) of a batch's images, translations as the batch has them, and log weights (B, K)."""
-        modes = self.modes[batch.index.to(self.modes.rotation.device)].to(batch.image.device)
+        modes = self.rows(batch)
         weight = modes.log_weight.log_softmax(-1).clamp_min(LEAST)
         return PoseGaussians.about(modes, batch.freq_scale), weight
 
@@ -158,9 +162,8 @@ class PosedGuide(nn.Module):
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean (n, zdim) and covariance (n, zdim, zdim) of z over draws of the pose: within them and between."""
-        means, within = [], []
+        modes, means, within = self.poses.rows(batch), [], []
         for _ in range(self.draws):
-            modes = self.poses.modes[batch.index.to(self.poses.modes.rotation.device)].to(batch.image.device)
             rotation, translation = modes.drawn(images=batch)
             posed = replace(batch, rotation=rotation, translation=translation * batch.freq_scale[:, None])
             mean, covariance = self.rest.posterior(posed)  # type: ignore[operator]

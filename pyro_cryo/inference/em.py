@@ -96,7 +96,7 @@ class EM:
         first = not self._posterior
         score, self.mean, noise = self._expect(lambda moments: moments)
         self._maximise(score, self.mean)
-        if self.particles.n_particles < len(self.particles):  # of one image the prior of its contrast says more
+        if self.particles.several:  # of one image the prior of its contrast says more
             self.mean = self._take_up(self.mean)
         self.coefficients.learn(self.mean)
         if not first:  # when the maps' variance was not yet known
