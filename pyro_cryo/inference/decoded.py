@@ -19,8 +19,8 @@ from torch import Tensor
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.points import TabulatedCoefficients
 from pyro_cryo.inference.family import Family
-from pyro_cryo.inference.moving import free_of, likelihood_in
-from pyro_cryo.inference.pose_em import PoseEM, Solved
+from pyro_cryo.inference.moving import climbed_in_family, likelihood_in
+from pyro_cryo.inference.pose_em import PoseEM
 from pyro_cryo.inference.refine import STEPS
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.stages import Posed, Reached, Stage, through
@@ -66,12 +66,7 @@ def _round(em: PoseEM, begun: Posed, descend: Descent, reached: Reached | None) 
     everyone, evidence = torch.arange(len(em.particles)), torch.zeros((), device=em.device)
     for _, _, gain in em.climbing(everyone, modes, likelihood, box, box / 2 - 1, STEPS):
         evidence += gain.sum()
-    if math.isfinite(em.prior.turn_sd):
-        modes = free_of(modes, em.prior, em.particles.of_images(torch.as_tensor(run.latent.z, dtype=torch.float32)))
-    em.prior = em.prior.learned(modes)
-    mean = float(evidence) / len(everyone)
-    em.progress.note(f"log evidence {mean:.2f}")
-    return Reached(Solved(middle, torch.zeros(box // 2 + 1, device=em.device)), modes, mean)
+    return climbed_in_family(em, middle, modes, torch.as_tensor(run.latent.z, dtype=torch.float32), float(evidence))
 
 
 def tabulated(run: Run, generator: torch.Generator) -> tuple[Family, Tensor]:

@@ -120,14 +120,19 @@ def _passed(
         posed = em.posed(batch, *mine.best).band(min(low, len(batch.half)))
         seen = Projected.of(posed, grid, family.sigma, scale).seen().by_particle(posed)
         z.append(family.coefficients.moments(seen).z.cpu())
-    if math.isfinite(em.prior.turn_sd):
-        modes = free_of(modes, em.prior, em.particles.of_images(torch.cat(z)))
-    em.prior = em.prior.learned(modes)
     last = box // 2 + (1 if box == whole else 0)
     em.sigma[:, 1:last] = family.sigma[:, 1:last] * (whole / box)
-    mean = float(evidence) / len(everyone)
+    return climbed_in_family(em, found.volume, modes, torch.cat(z), float(evidence))
+
+
+def climbed_in_family(em: PoseEM, volume: Tensor, modes: PoseModes, z: Tensor, evidence: float) -> Reached:
+    """What a pass over all images came to: a map (b, b, b), modes, z (n, zdim), the log evidence of all together."""
+    if math.isfinite(em.prior.turn_sd):
+        modes = free_of(modes, em.prior, em.particles.of_images(z))
+    em.prior = em.prior.learned(modes)
+    mean = evidence / len(em.particles)
     em.progress.note(f"log evidence {mean:.2f}")
-    return Reached(Solved(found.volume, torch.zeros(box // 2 + 1, device=em.device)), modes, mean)
+    return Reached(Solved(volume, torch.zeros(len(volume) // 2 + 1, device=em.device)), modes, mean)
 
 
 def likelihood_in(family: Family, consensus: Tensor, eckart: bool) -> FamilyLikelihood:
