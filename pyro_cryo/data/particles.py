@@ -181,6 +181,20 @@ class Particles:
         """What each particle has (n, ...) as what each image has, (N, ...)."""
         return values[self.particle] if self.several else values
 
+    def rows_in(self, whole: Particles) -> Tensor:
+        """(N,) long: which images of `whole` these are, by stack and frame. ValueError where one is not among them."""
+        number = {Path(file.path).resolve(): i for i, file in enumerate(whole.stack.files)}
+        mine = np.array([number.get(Path(file.path).resolve(), -1) for file in self.stack.files])
+        frames = 1 + max(int(whole.table.frame.max()), int(self.table.frame.max()))
+        every, wanted = whole.table.file * frames + whole.table.frame, mine[self.table.file] * frames + self.table.frame
+        order = np.argsort(every, kind="stable")
+        row = order[np.searchsorted(every, wanted, sorter=order).clip(max=len(order) - 1)]
+        other = np.flatnonzero(every[row] != wanted)
+        if len(other):
+            stack, frame = self.table.files[self.table.file[other[0]]], self.table.frame[other[0]] + 1
+            raise ValueError(f"image {other[0]} ({frame}@{stack}) is not one of {whole.table.path}; give some of those")
+        return torch.from_numpy(row)
+
     @cached_property
     def relative(self) -> Tensor:
         """(N, 3, 3) T with R = T R_first: each image's view as seen from that of its particle's first.

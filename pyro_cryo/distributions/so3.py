@@ -121,11 +121,11 @@ class TangentNormal(TorchDistribution):
         square, distance = v.square().sum(-1), white.square().sum((-2, -1))
         log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         constant = math.log(8 * math.pi**2) - 1.5 * math.log(2 * math.pi)
-        return constant - log_det + _log_jacobian(square) + _log_turns(square, distance, (-2 / 3 * log_det).exp())
+        return constant - log_det + log_jacobian(square) + _log_turns(square, distance, (-2 / 3 * log_det).exp())
 
 
-def _log_jacobian(square: Tensor) -> Tensor:
-    """log of t^2 / (2 (1 - cos t)), of t^2."""
+def log_jacobian(square: Tensor) -> Tensor:
+    """log of t^2 / (2 (1 - cos t)), of t^2: v's volume over the Haar measure of exp(v), t = |v|, but for a constant."""
     small = square < 0.01
     half = torch.where(small, torch.ones_like(square), square).sqrt() / 2
     series = square / 12 * (1 + square / 120 * (1 + square / 63))

@@ -37,6 +37,11 @@ class ShellNormal(TorchDistribution):
             raise ValueError(f"batch shape {tuple(batch_shape)} given; the prior of a map has none")
         return self
 
+    @property
+    def mean(self) -> Tensor:
+        """(D, D, D)"""
+        return self.loc.expand(self.event_shape)
+
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Maps (*sample_shape, D, D, D)."""
         white = torch.randn(*sample_shape, *self.event_shape, dtype=self.tau.dtype, device=self.tau.device)

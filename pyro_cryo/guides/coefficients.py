@@ -206,9 +206,9 @@ class LinearCoefficients(Coefficients):
             moments = self.moments(seen)
             sd = (moments.aa - moments.a.square()).clamp_min(LEAST_CONTRAST_SD**2).sqrt()
             a = pyro.sample("contrast", dist.Normal(moments.a, sd))
-        gram = seen.gram * a[:, None, None].square()
-        score = seen.projection[:, 1:] * a[:, None] - gram[:, 1:, 0]
-        precision = gram[:, 1:, 1:] + torch.eye(score.shape[1], dtype=score.dtype, device=score.device)
+        gram = seen.gram * a[..., None, None].square()
+        score = seen.projection[:, 1:] * a[..., None] - gram[..., 1:, 0]
+        precision = gram[..., 1:, 1:] + torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
         precision = 0.5 * (precision + precision.mT)  # rounding leaves it less symmetric than the distribution demands
         mean = torch.linalg.solve(precision, score)
         pyro.sample("z", dist.MultivariateNormal(mean, precision_matrix=precision))

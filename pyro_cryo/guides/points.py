@@ -45,7 +45,7 @@ class PointCoefficients(Coefficients):
         z = pyro.sample("z", Atoms(self.points, self.moments(seen).weight.log()))
         if self.contrast_varies:
             y = self.at(z)
-            linear, square = (seen.projection * y).sum(-1), torch.einsum("bc,bcd,bd->b", y, seen.gram, y)
+            linear, square = (seen.projection * y).sum(-1), torch.einsum("...bc,bcd,...bd->...b", y, seen.gram, y)
             variance = self.contrast_sd.square() / (1 + self.contrast_sd.square() * square)
             pyro.sample("contrast", dist.Normal(1 + variance * (linear - square), variance.sqrt()))
 

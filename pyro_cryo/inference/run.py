@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.pose_mixture import PosedGuide, PoseMixture
 from pyro_cryo.guides.poses import PoseModes
+from pyro_cryo.inference.posterior import posterior
 from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_arrays
 from pyro_cryo.model import CryoModel
 from pyro_cryo.progress import Progress, quiet
@@ -93,10 +95,14 @@ class Run:
         return Run(model, source, folder, guide, poses, read_log(folder))
 
     @cached_property
+    def _opened(self) -> Particles:
+        """The particles as they came."""
+        return self.source if isinstance(self.source, Particles) else self.source()
+
+    @cached_property
     def particles(self) -> Particles:
         """What the model was fitted to; where poses were found, at the best of each image."""
-        source = self.source if isinstance(self.source, Particles) else self.source()
-        return source if self.poses is None else source.with_poses(*self.poses.best)
+        return self._opened if self.poses is None else self._opened.with_poses(*self.poses.best)
 
     @cached_property
     def apix(self) -> float:
@@ -119,10 +125,25 @@ class Run:
                 return Latent(file["index"], file["z"], file["z_cov"])
         return self.encode(self.particles)
 
-    def encode(self, particles: Particles, batch_size: int = 256, progress: Progress = quiet) -> Latent:
-        """Posterior moments of z for any particles of the same box and pixel size."""
-        if self.model.zdim == 0:
-            raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
+    def batches(self, particles: Particles, batch_size: int) -> Iterator[Batch]:
+        """Batches of particles, on the run's device, as the model and its guide take them.
+
+        Where poses were found the particles are some of the run's own, `index` is each image's row among all of these,
+        and poses are those about which the prior is.
+
+        Raises ValueError where box, pixel size or optics groups are not the run's, or poses of particles are not known.
+        """
+        self._check(particles)
+        if self.poses is None:
+            yield from particles.batches(batch_size, device=self.device)
+            return
+        rows = particles.rows_in(self.particles)
+        about = self._opened if self._opened.has_poses else self.particles
+        for batch in about[rows].batches(batch_size, device=self.device):
+            yield replace(batch, index=rows.to(self.device)[batch.index])
+
+    def _check(self, particles: Particles) -> None:
+        """Raise ValueError unless they are seen as the run's own are."""
         if particles.box != self.model.box:
             raise ValueError(f"particles of {particles.box} px, the run has {self.model.box}; open with that box")
         if abs(particles.apix - self.apix) > 1e-3 * self.apix:
@@ -133,17 +154,29 @@ class Run:
         if particles.n_noise_groups > len(self.model.log_sigma):
             raise ValueError(
                 f"particles of {particles.n_noise_groups} optics groups, the run knows the noise of "
-                f"{len(self.model.log_sigma)}; encode them group by group"
+                f"{len(self.model.log_sigma)}; take them group by group"
             )
+
+    def encode(self, particles: Particles, batch_size: int = 256, progress: Progress = quiet) -> Latent:
+        """Posterior moments of z for any particles of the same box and pixel size."""
+        if self.model.zdim == 0:
+            raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
         means, covariances = [], []
         with torch.no_grad():
-            batches = particles.batches(batch_size, device=self.device)
+            batches = self.batches(particles, batch_size)
             for batch in progress(batches, particles.n_batches(batch_size), "encode"):
                 mean, covariance = self.guide.posterior(batch)  # type: ignore[union-attr, operator]
                 means.append(mean.cpu())
                 covariances.append(covariance.cpu())
         z, z_cov = torch.cat(means).numpy(), torch.cat(covariances).numpy()
         return Latent(np.arange(particles.n_particles), z, z_cov)
+
+    def posterior(self, particles: Particles | None = None, draws: int = 500, **settings: Any) -> Any:
+        """Draws of all that is latent about particles, by default all of the run's, as ArviZ takes them.
+
+        `pyro_cryo.inference.posterior` says what is in it and what the settings are.
+        """
+        return posterior(self, self.particles if particles is None else particles, draws, **settings)
 
     def volume(self, z: Tensor | np.ndarray | None = None) -> Tensor:
         """Maps at z (zdim,) or (n, zdim): (D, D, D) or (n, D, D, D), z-y-x, on the scale of the images.

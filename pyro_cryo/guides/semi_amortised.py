@@ -1,0 +1,126 @@
+"""Semi-amortised inference of z: an encoder begins, Newton's method ends, for each particle on its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.model import CryoModel
+from pyro_cryo.rows import Rows
+
+ROUNDS = 8  # of Newton's method
+BOUND = 10.0  # by which the precision along an axis may change in one
+FARTHEST = 2.0  # sd from the mean at which the posterior is looked at
+
+
+class SemiAmortised(nn.Module):
+    """q(z | images) is the Gaussian, with its covariance in full, of largest evidence bound for each particle.
+
+    An encoder is one function for all images; what it loses of each (Kim et al., ICML 2018) Newton's method gets back.
+    From its mean and covariance a Gaussian is moved to where, over it,
+
+        E[d log p(images, z)] = 0    and    E[-d^2 log p(images, z)] is its precision
+
+    (Opper and Archambeau, Neural Computation 21 (2009)). The means are taken over points on both sides of the Gaussian
+    along its axes, the second derivative from differences of the first between them. Sites that the encoder guesses
+    beside z it goes on guessing; z is climbed at their means.
+
+    model: of continuous z, at poses that are known
+    start: a guide with posterior(batch)
+    """
+
+    def __init__(self, model: CryoModel, start: nn.Module) -> None:
+        super().__init__()
+        self._parts = (model, start)
+
+    def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean (n, zdim) and covariance (n, zdim, zdim) of q(z | images)."""
+        with poutine.block():
+            mean, root = self._climbed(batch)
+        return mean, root @ root.mT
+
+    def forward(self, batch: Batch) -> None:
+        """Sample what the other guide samples, and `z`."""
+        with poutine.block(hide=["z", "particles"]):
+            self._parts[1](batch)
+        with poutine.block():
+            mean, root = self._climbed(batch)
+        factor = torch.linalg.cholesky(root @ root.mT)
+        with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1):
+            pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=factor))
+
+    def _climbed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean (n, zdim) and a root (n, zdim, zdim) of the covariance, root root'."""
+        model, start = self._parts
+        with torch.no_grad():
+            mean, covariance = start.posterior(batch)  # type: ignore[operator]
+            trace: Any = poutine.trace(start).get_trace(batch)
+        names = [name for name in trace.stochastic_nodes if name not in ("z", "particles")]
+        others = {name: trace.nodes[name]["fn"].mean for name in names}
+        best = _Gaussian.at(model, batch, others, mean, torch.linalg.cholesky(covariance))
+        share = torch.ones_like(best.bound)
+        for _ in range(ROUNDS):
+            tried = _Gaussian.at(model, batch, others, *best.moved(share))
+            higher = tried.bound > best.bound
+            best = best.replaced(higher, tried)
+            share = torch.where(higher, 1.0, 0.25 * share)
+        return best.mean, best.root
+
+
+@dataclass(frozen=True)
+class _Gaussian(Rows):
+    """Gaussians of mean and root root', and where Newton's method goes from there.
+
+    bound (n,): of the evidence, up to a constant
+    slope (n, zdim), bent (n, zdim, zdim): E[d log p] and E[-d^2 log p] in coordinates in which it is Normal(0, I)
+    """
+
+    mean: Tensor
+    root: Tensor
+    bound: Tensor
+    slope: Tensor
+    bent: Tensor
+
+    @staticmethod
+    def at(model: CryoModel, batch: Batch, others: dict[str, Tensor], mean: Tensor, root: Tensor) -> _Gaussian:
+        """With the means over points `reach` sd to both sides of the mean along each axis."""
+        zdim = mean.shape[1]
+        reach = min(zdim**0.5, FARTHEST)
+        sides = [mean + side * reach * root[..., axis] for axis in range(zdim) for side in (1, -1)]
+        height, slope = (
+            torch.stack(v, -1) for v in zip(*(_joint(model, batch, others, z) for z in sides), strict=True)
+        )
+        slope = torch.einsum("nij,nia->nja", root, slope).unflatten(-1, (zdim, 2))
+        bent = (slope[..., 1] - slope[..., 0]) / (2 * reach)
+        bound = height.mean(-1) + torch.linalg.slogdet(root)[1]
+        return _Gaussian(mean, root, bound, slope.mean((-2, -1)), 0.5 * (bent + bent.mT))
+
+    def moved(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and root after a share (n,) of a step."""
+        value, turn = torch.linalg.eigh(self.bent)
+        value = value.clamp(1 / BOUND, BOUND)
+        step = turn @ ((turn.mT @ self.slope[..., None]) / value[..., None])
+        step = step.clamp(-FARTHEST, FARTHEST) * share[:, None, None]
+        narrower = value ** (-0.5 * share[:, None])
+        return self.mean + (self.root @ step)[..., 0], self.root @ (turn * narrower[:, None, :])
+
+    def replaced(self, where: Tensor, by: _Gaussian) -> _Gaussian:
+        """Other ones at some rows (n,)."""
+        pairs = zip(by.tensors, self.tensors, strict=True)
+        return _Gaussian(*(torch.where(where.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs))
+
+
+def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(images, z) at z (n,) and its gradient (n, zdim)."""
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        nodes: Any = poutine.trace(poutine.condition(model, {**others, "z": at})).get_trace(batch).nodes
+        height = nodes["image"]["fn"].log_prob(batch.image) + nodes["z"]["fn"].log_prob(at)
+        return height.detach(), torch.autograd.grad(height.sum(), at)[0]

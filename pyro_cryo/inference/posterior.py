@@ -1,0 +1,184 @@
+"""Posteriors of particles as ArviZ takes them: draws by chain, draw and particle, with names and units."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference.draws import drawn, predicted
+from pyro_cryo.inference.importance import GOOD, pareto_smoothed, resampled
+from pyro_cryo.physics.rotations import log
+from pyro_cryo.progress import Progress, quiet
+
+if TYPE_CHECKING:
+    from pyro_cryo.inference.run import Run
+
+Tables = dict[str, dict[str, Tensor]]  # by group and variable: draws, or 1, along the first axis
+
+AXES = {
+    "z": ["zdim"],
+    "rotation": ["view_axis", "map_axis"],
+    "turn": ["view_axis"],
+    "translation": ["image_axis"],
+    "image": ["coefficient", "part"],
+}  # after draw and particle; of other sites they are numbered
+NAMES: dict[str, list[Any]] = {
+    "view_axis": list("xyz"),
+    "map_axis": list("xyz"),
+    "image_axis": list("xy"),
+    "part": ["real", "imaginary"],
+}
+UNITS = {"translation": "pixels of the model's box", "turn": "degrees", "log_weight": "nats", "log_evidence": "nats"}
+OF_PARTICLES = ("pareto_k", "log_evidence", "corrected")  # the same at every draw
+TREMOR = 1e-4  # nats of noise on log likelihoods that are the same at every draw, which ArviZ takes for a failure
+
+
+def posterior(
+    run: Run,
+    particles: Particles,
+    draws: int = 500,
+    *,
+    weighed: int = 50,
+    corrected: bool = False,
+    predictive: int = 0,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> Any:
+    """Draws of all that is latent about particles: ArviZ's InferenceData, from ArviZ 1.0 on xarray's DataTree.
+
+    draws:      of each particle, from the run's guide
+    weighed:    so many of them are weighed beside the model, each by a look at the images: for k and log p(images)
+    corrected:  weigh all, and pick draws by their weights where k is below 0.7: then they are the exact posterior's
+    predictive: so many of them have images that the model makes of them, which are large
+    batch_size: images looked at together, which bounds what is in memory beside the result
+
+    posterior:      z, contrast; where poses are not known rotation (volume axes to view axes), turn (rotation vector
+                    from the best pose) and translation; sigma of the noise, given all else
+    sample_stats:   log_weight, NaN where not weighed; of each particle pareto_k, log_evidence and corrected
+    log_likelihood: image, log p(images of a particle) with all that is latent integrated out, the same at every draw
+                    but for a tremor of 1e-4: what `az.loo` and `az.compare` add up. Fits are compared by particles
+                    that were not fitted
+    posterior_predictive, observed_data: image, with predictive images
+
+    The dimensions are chain, draw and particle, which is the place in `particles`; image where particles have several.
+    """
+    if not 0 <= predictive <= draws or draws < 1 or weighed < 0:
+        raise ValueError(f"draws {draws}, weighed {weighed}, predictive {predictive}; expected 1, 0 and 0 to draws")
+    weighed = draws if corrected else min(weighed, draws)
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        batches = run.batches(particles, batch_size)
+        for batch in progress(batches, particles.n_batches(batch_size), "posterior"):
+            parts.append(_of_batch(run, batch, draws, weighed, corrected, predictive, generator))
+        sigma = noise_draws(run, draws)
+    tables = {
+        group: {name: torch.cat([part[group][name] for part in parts], 1) for name in table}
+        for group, table in parts[0].items()
+    }
+    return as_arviz(tables, sigma, particles.n_particles, described(run, particles))
+
+
+def noise_draws(run: Run, draws: int) -> Tensor:
+    """sigma (draws, noise groups, shells) from its posterior given all else, log sigma alike everywhere a priori.
+
+    Of the m real components of a shell in the images of a group the mean square is known, and with it m sigma^2 over it
+    is chi-square with m degrees of freedom.
+    """
+    images = torch.bincount(run.particles.noise_group, minlength=len(run.model.log_sigma))
+    count = 2 * images[:, None] * torch.bincount(run.particles.half.shell, minlength=run.model.log_sigma.shape[1])
+    half = 0.5 * count.clamp_min(1).double()
+    drawn = torch.distributions.Gamma(half, half).sample((draws,))
+    return run.model.sigma.detach().cpu() * torch.where(count > 0, drawn.rsqrt().float(), 1.0)
+
+
+def described(run: Run, particles: Particles) -> dict[str, Any]:
+    """What tells whether two log likelihoods are of the same images, seen in the same way."""
+    return {
+        "model": type(run.model).__name__,
+        "run": str(run.folder or ""),
+        "images": particles.fingerprint(),
+        "box": particles.box,
+        "apix": particles.apix,
+        "window": particles.window or 0.0,
+        "normalize": int(particles.normalize),
+        "invert": int(particles.invert),
+    }
+
+
+def as_arviz(tables: Tables, sigma: Tensor, count: int, attributes: dict[str, Any]) -> Any:
+    """InferenceData, or a DataTree, of tables (draws, particles or images, ...) of `count` particles."""
+    import xarray as xr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ArviZ tells of its own future when imported
+        import arviz as az
+    groups = {}
+    for group, table in tables.items():
+        once = table if group == "observed_data" else OF_PARTICLES
+        variables = {name: _variable(name, value, count, name in once) for name, value in table.items()}
+        if group == "posterior":
+            variables["sigma"] = (["chain", "draw", "noise_group", "shell"], sigma.numpy()[None], {})
+        data = xr.Dataset(variables, attrs=attributes)
+        named = {axis: NAMES.get(str(axis), list(range(size))) for axis, size in data.sizes.items()}
+        groups[group] = data.assign_coords(named)
+    if hasattr(az, "InferenceData"):
+        return az.InferenceData(**groups)  # type: ignore[arg-type]
+    return xr.DataTree.from_dict(groups)
+
+
+def _variable(name: str, value: Tensor, count: int, once: bool) -> tuple[list[str], np.ndarray, dict[str, str]]:
+    own = AXES.get(name, [f"{name}_{axis}" for axis in range(value.ndim - 2)])[: value.ndim - 2]
+    dims = ["chain", "draw", "particle" if value.shape[1] == count else "image", *own]
+    unit = {"units": UNITS[name]} if name in UNITS else {}
+    if once:
+        return dims[2:], value[0].numpy(), unit
+    return dims, value.numpy()[None], unit
+
+
+def _of_batch(
+    run: Run, batch: Batch, draws: int, weighed: int, corrected: bool, predictive: int, generator: torch.Generator
+) -> Tables:
+    found = drawn(run, batch, draws, weighed)
+    sites, log_weight = found.sites, found.log_weight.cpu()
+    smoothed, k = pareto_smoothed(log_weight)
+    trusted = (k < GOOD) & corrected
+    if corrected:
+        picked = torch.where(trusted, resampled(smoothed, draws, generator), torch.arange(draws)[:, None])
+        sites = {name: _picked(value, picked.to(value.device), batch) for name, value in sites.items()}
+        log_weight = log_weight.gather(0, picked)
+    images = [predicted(run, batch, {name: value[s] for name, value in sites.items()}) for s in range(predictive)]
+    if "rotation" in sites:
+        assert run.poses is not None
+        best = run.poses.best[0].to(batch.image.device)[batch.index[batch.first]]
+        sites["turn"] = log(sites["rotation"] @ best.mT).rad2deg()
+    tables: Tables = {"posterior": {name: value.cpu() for name, value in sites.items()}}
+    if weighed:
+        evidence = found.log_weight.cpu().double().logsumexp(0, keepdim=True) - math.log(weighed)
+        rest = log_weight.new_full((draws - weighed, batch.particles), math.nan)
+        tables["sample_stats"] = {
+            "log_weight": torch.cat([log_weight, rest]),
+            "pareto_k": k[None],
+            "log_evidence": evidence,
+            "corrected": trusted[None],
+        }
+        tables["log_likelihood"] = {"image": evidence + TREMOR * torch.randn(draws, batch.particles).double()}
+    if predictive:
+        tables["posterior_predictive"] = {"image": torch.stack(images).cpu()}
+        tables["observed_data"] = {"image": batch.image[None].cpu()}
+    return tables
+
+
+def _picked(value: Tensor, draw: Tensor, batch: Batch) -> Tensor:
+    """Of a site (S, n, *event) or (S, B, *event) the draws (S, n) of each particle."""
+    draw = draw if value.shape[1] == batch.particles else batch.of_images(draw, 1)
+    return value.gather(0, draw.view(*draw.shape, *[1] * (value.ndim - 2)).expand_as(value))
