@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mrcfile
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +41,7 @@ from pyro_cryo.physics.fourier import half_plane_to_image, shift_phase, soft_dis
 RANK = 3
 MOTION = 0.3  # norm of each U over that of V0
 BALL = 0.5  # radius of the molecule over half the box
-DRAWS = 99
+DRAWS, NETWORK_DRAWS = 99, 39
 WINDOWS = (None, 0.85, 0.6)
 ROUNDS = 5  # of sigma
 FITTED, HELD = 2000, 1000
@@ -189,7 +188,9 @@ def fitted(folder: Path, box: int, snr: float) -> None:
     print(f"with the maps' part\t{verdict(calibration(of_truth(held), first + noise))}", flush=True)
     error = first.mean(0) - of_truth(held)
     slope = (error * of_truth(held)).mean() / of_truth(held).var()
-    print(f"mean error {float(error.mean()):.4f}, rms {float(error.square().mean().sqrt()):.4f}, slope {float(slope):.3f}")
+    print(
+        f"mean error {float(error.mean()):.4f}, rms {float(error.square().mean().sqrt()):.4f}, slope {float(slope):.3f}"
+    )
 
 
 def network(folder: Path, box: int, snr: float, epochs: int) -> None:
@@ -197,7 +198,7 @@ def network(folder: Path, box: int, snr: float, epochs: int) -> None:
     particles = case.seen()
     run = fit(CryoDRGN(box, zdim=RANK, width=128, layers=2), particles, epochs=epochs)
     print("cryodrgn, encoder\tin the band\tleast p\t50%\tregion\t90%\tregion\tsharpness")
-    for name, found in sbc(run, particles[:1000], DRAWS).items():
+    for name, found in sbc(run, particles[:1000], NETWORK_DRAWS).items():
         print(f"{name}\t{verdict(found)}", flush=True)
 
 

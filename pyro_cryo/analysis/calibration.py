@@ -133,7 +133,9 @@ def ranks(truth: Tensor, draws: Tensor, generator: torch.Generator | None = None
     a further draw uniform.
     """
     if draws.shape[1:] != truth.shape:
-        raise ValueError(f"draws of {tuple(draws.shape)} for truths of {tuple(truth.shape)}; expected (S, n, d), (n, d)")
+        raise ValueError(
+            f"draws of {tuple(draws.shape)} for truths of {tuple(truth.shape)}; expected (S, n, d), (n, d)"
+        )
     below, equal = (draws < truth).sum(0), (draws == truth).sum(0)
     chance = torch.rand(truth.shape, generator=generator, dtype=torch.float64).to(truth.device)
     return below + (chance * (equal + 1)).long().clamp_max(equal)
@@ -208,7 +210,8 @@ def sbc(
     """Simulation-based calibration of a run's guide: is q(latents | image) the posterior under the model as fitted?
 
     Of `particles` poses, optics and noise groups are used; images are simulated, and the guide is asked about these.
-    The model's maps and noise are taken for true, so whether they are is another question (`predictive`).
+    The model's maps and noise are taken for true; whether they are is another question (`predictive`). Its noise is
+    white, so of a window, which correlates that of real images, nothing is seen here.
 
     draws: S; S + 1 divisible by 20 lets 50% and 90% regions be exact
     guide: gives the guide of a batch of simulated images, where it is not the run's: posteriors that are found image by
@@ -305,7 +308,7 @@ def _drawn(guide: Any, made: Simulated, draws: int) -> Values:
 def _log_likelihood(run: Run, made: Simulated, latent: Values) -> Tensor:
     """log p(image | latents) of a batch's particles: (n,)."""
     given = poutine.condition(run.model, data={**made.shared, **latent})
-    image = poutine.trace(given).get_trace(made.batch).nodes["image"]  # type: ignore[call-arg]
+    image: Any = poutine.trace(given).get_trace(made.batch).nodes["image"]  # type: ignore[call-arg]
     return image["fn"].log_prob(image["value"])
 
 

@@ -1,9 +1,8 @@
 """Posterior predictive checks: are the images what the fitted model would have made?
 
 At one draw of an image's latents from its posterior, (image - mean) / sd is white noise of variance 1 where model and
-noise are right, by coefficient and altogether: a draw, not the posterior mean, since (latents, image) is then a draw of
-the story. So no correction for what the latents fitted is due. Of images that also made the map the residual is smaller
-by the share that the map fitted of their noise: two numbers for every three-dimensional coefficient that they determine.
+noise are right. A draw, not the posterior mean: (latents, image) is then a draw of the story, and no correction is due
+for what the latents fitted. Of images that made the map the residual is smaller by what it fitted of their noise.
 """
 
 from __future__ import annotations
@@ -73,14 +72,14 @@ class ImageFit:
 
     @property
     def p_value(self) -> NDArray[np.floating]:
-        """(N,) how often an image of the model has a larger chi_square: for noise that is too strong, or of no shape."""
+        """(N,) how often an image of the model has a larger chi_square: small where noise is too strong."""
         from scipy.stats import chi2
 
         return chi2.sf(self.chi_square, self.degrees)
 
     @property
     def match_p_value(self) -> NDArray[np.floating]:
-        """(N,) how often one matches less: for images of nothing, or of another particle."""
+        """(N,) how often one matches less: small for images of nothing, or of another particle."""
         from scipy.stats import norm
 
         return norm.cdf(self.match)
@@ -112,7 +111,11 @@ def residual_power(run: Run, particles: Particles, seed: int = 0, batch_size: in
 
 
 def image_fit(run: Run, particles: Particles, seed: int = 0, batch_size: int = 64) -> ImageFit:
-    """How each image fits a run, at one draw of its latents: what junk among the images does not."""
+    """How each image fits a run, at one draw of its latents: what junk among the images does not.
+
+    Scores that are wider than the standard normal as a whole tell of the noise: it is stronger in some images than in
+    others, or, under a window, correlated.
+    """
     index, chi_square, match, degrees = [], [], [], 0
     for batch, white, mean in _whitened(run, particles, seed, batch_size):
         index.append(batch.index.cpu())
@@ -124,9 +127,7 @@ def image_fit(run: Run, particles: Particles, seed: int = 0, batch_size: int = 6
     return ImageFit(rows, square.astype(float), degrees, agreement.astype(float))
 
 
-def _whitened(
-    run: Run, particles: Particles, seed: int, batch_size: int
-) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+def _whitened(run: Run, particles: Particles, seed: int, batch_size: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
     """Batches with (image - mean) / sd and mean / sd, (B, P, 2) each, at one draw of the latents."""
     generator = torch.Generator().manual_seed(seed)
     for batch in particles.batches(batch_size, device=run.device):

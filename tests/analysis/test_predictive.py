@@ -111,6 +111,18 @@ def test_sound_images_score_as_standard_normals(run: Run) -> None:
     assert np.quantile(found.p_value, 0.1) == pytest.approx(0.1, abs=0.08)
 
 
+def test_noise_that_a_window_correlates_widens_the_scores(run: Run, star: Path) -> None:
+    windowed = Particles.open(star, window=0.6)[30:]
+    model = LinearSubspace(BOX, zdim=2, contrast=0.1)
+    model.load_state_dict(run.model.state_dict())
+    own = Run(model, windowed, guide=model.make_guide())
+    for seed in range(3):
+        model.log_sigma.data += 0.5 * residual_power(own, windowed, seed).power.nan_to_num(1.0).log()
+    found = image_fit(own, windowed)
+    assert abs(found.z_score.mean()) < 0.3
+    assert found.z_score.std() > 1.3
+
+
 def test_views_of_a_particle_are_images_each(run: Run) -> None:
     pairs = run.particles[30:]
     pairs = replace(pairs, table=replace(pairs.table, particle=torch.arange(270) // 2))
