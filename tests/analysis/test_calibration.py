@@ -59,7 +59,7 @@ def test_a_rank_counts_the_draws_below() -> None:
 def test_ties_are_broken_at_random() -> None:
     """A truth and its draws from two atoms: all ranks are alike."""
     generator = torch.Generator().manual_seed(0)
-    values = (torch.rand(10, 5000, 1, generator=generator) < 0.3).float()
+    values = (torch.rand(10, 1000, 1, generator=generator) < 0.3).float()
     found = ranks(values[0], values[1:], generator)
     assert bool(uniformity(found, 9).inside.all())
     below = (values[1:] < values[0]).sum(0)
@@ -89,7 +89,7 @@ def test_a_band_has_its_level(n: int, draws: int, level: float) -> None:
 
 
 def test_a_conjugate_posterior_is_calibrated() -> None:
-    found = calibration(*conjugate(2000, 99))
+    found = calibration(*conjugate(1000, 99))
     assert bool(found.uniformity().inside.all())
     for level in (0.5, 0.9):
         held = found.coverage(level)
@@ -97,12 +97,12 @@ def test_a_conjugate_posterior_is_calibrated() -> None:
         rates = torch.cat([held.interval, held.region[None]])
         assert float((rates - level).abs().max()) < 4 * held.error
     expected = torch.linalg.inv(torch.tensor([[2.0, 0.5], [0.5, 5.25]])).diagonal().sqrt()
-    torch.testing.assert_close(found.sharpness, expected, rtol=0.05, atol=0)
+    torch.testing.assert_close(found.sharpness, expected, rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("confidence", [0.7, 1.4])
 def test_one_that_is_too_sure_or_too_unsure_is_not(confidence: float) -> None:
-    found = calibration(*conjugate(2000, 99, confidence))
+    found = calibration(*conjugate(1000, 99, confidence))
     verdict, held = found.uniformity(), found.coverage(0.9)
     assert not bool(verdict.inside.any())
     assert float(verdict.p_value.max()) < 0.001
@@ -114,7 +114,7 @@ def test_wrong_correlation_shows_in_the_region_alone() -> None:
     """Marginals that are right, of coordinates that are taken for independent."""
     generator = torch.Generator().manual_seed(0)
     root = torch.linalg.cholesky(torch.tensor([[1.0, 0.95], [0.95, 1.0]]))
-    truth, draws = torch.randn(2000, 2, generator=generator) @ root.T, torch.randn(99, 2000, 2, generator=generator)
+    truth, draws = torch.randn(1000, 2, generator=generator) @ root.T, torch.randn(99, 1000, 2, generator=generator)
     found = calibration(truth, draws)
     assert bool(found.uniformity().inside.all())
     assert not bool(uniformity(found.distance[:, None], 99).inside.any())
@@ -125,7 +125,7 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = tmp_path_factory.mktemp("calibration") / "case"
-        return Particles.open(simulate(hinge(1), folder, n_images=200, box=BOX, snr=1.0, seed=0))
+        return Particles.open(simulate(hinge(1), folder, n_images=150, box=BOX, snr=1.0, seed=0))
 
 
 def with_maps(model: LinearSubspace, noise: float) -> LinearSubspace:
@@ -147,8 +147,8 @@ def test_the_exact_guide_is_the_posterior_of_the_models_own_images(particles: Pa
     run = run_of(with_maps(LinearSubspace(BOX, zdim=2, contrast=contrast), 1.0), particles)
     found = sbc(run, particles, draws=19)
     assert set(found) == {"z", "z along", LIKELIHOOD} | ({"contrast"} if contrast else set())
-    assert found["z"].ranks.shape == (200, 2)
-    assert found["z along"].ranks.shape == (200, DIRECTIONS)
+    assert found["z"].ranks.shape == (150, 2)
+    assert found["z along"].ranks.shape == (150, DIRECTIONS)
     for name, quantity in found.items():
         assert bool(quantity.uniformity(0.999).inside.all()), name
     assert float(found["z"].sharpness.max()) < 0.95
@@ -188,15 +188,15 @@ def test_a_guide_that_knows_nothing_fails_by_the_likelihood(particles: Particles
 
 def test_classes_are_ranked_though_all_their_draws_are_tied(particles: Particles) -> None:
     run = run_of(with_maps(Classes(BOX, classes=3, contrast=0.0), 1.0), particles)
-    found = sbc(run, particles[:150], draws=19)
+    found = sbc(run, particles, draws=19)
     assert bool(found["z"].uniformity(0.999).inside.all())
 
 
 def test_images_of_a_particle_share_its_z(particles: Particles) -> None:
-    pairs = replace(particles, table=replace(particles.table, particle=torch.arange(200) // 2))
+    pairs = replace(particles, table=replace(particles.table, particle=torch.arange(150) // 2))
     run = run_of(with_maps(LinearSubspace(BOX, zdim=2, contrast=0.0), 1.0), pairs)
     found = sbc(run, pairs, draws=19)
-    assert found["z"].ranks.shape == (100, 2)
+    assert found["z"].ranks.shape == (75, 2)
     assert bool(found["z"].uniformity(0.999).inside.all())
 
 
@@ -233,13 +233,13 @@ def test_poses_are_ranked_about_the_tables(particles: Particles) -> None:
 
         return guide
 
-    found = sbc(run, particles, draws=19, guide=ask(1.0), batch_size=200)
-    assert found["rotation"].ranks.shape == (200, 4)
-    assert found["translation"].ranks.shape == (200, 2)
+    found = sbc(run, particles, draws=19, guide=ask(1.0), batch_size=150)
+    assert found["rotation"].ranks.shape == (150, 4)
+    assert found["translation"].ranks.shape == (150, 2)
     for name in ("rotation", "translation", LIKELIHOOD):
         assert bool(found[name].uniformity(0.999).inside.all()), name
     assert float(found["rotation"].sharpness[:3].max()) < 0.9
-    sure = sbc(run, particles, draws=19, guide=ask(4.0), batch_size=200)
+    sure = sbc(run, particles, draws=19, guide=ask(4.0), batch_size=150)
     assert not bool(sure["rotation"].uniformity().inside[:3].any())
     assert not bool(sure["translation"].uniformity().inside.any())
 

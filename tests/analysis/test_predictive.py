@@ -140,7 +140,7 @@ class HeavyTails(Given):
 
 def test_noise_of_heavier_tails_has_a_variance_too(run: Run) -> None:
     assert isinstance(run.model, LinearSubspace)
-    model = HeavyTails(run.model.consensus.voxels, float(run.model.sigma.mean()), 1.0)
+    model = HeavyTails(run.model.consensus.voxels, float(run.model.sigma.detach().mean()), 1.0)
     model.poses = KnownPose()
     found = residual_power(Run(model, run.particles, guide=model.make_guide()), run.particles[30:])
     torch.testing.assert_close(found.power[0, 4:], torch.full((BOX // 2 - 3,), 0.5), rtol=0.1, atol=0)
