@@ -6,9 +6,8 @@ Images of V(z) = V0 + sum_j z_j U_j, z ~ Normal(0, I), smooth random maps, are m
 window and through soft ones.
 
 linear:  with the true V0 and U and the noise learned from the images, ranks of z among draws (in the simultaneous 99%
-         band?), shares of truths within 50% and 90% intervals and regions. With a window sigma is the residual's own
-         power, or that over the mean of the squared window: noise that was windowed is correlated, and counted as if it
-         were not it tells too much
+         band?), shares of truths within 50% and 90% intervals and regions. Beside what the package makes of windowed
+         images stands what comes out where their noise, which is correlated, is counted as if it were not
 fitted:  with `linear_subspace` fitted to 2,000 images, the average of V(z_i) over a region, of 1,000 others: within its
          90% interval at the fitted maps, and with what maps from other images differ by added
 network: `cryodrgn` fitted to 2,000 images, and the ranks of z of images that it makes itself
@@ -30,13 +29,14 @@ from pyro_cryo.analysis.calibration import Calibration, calibration, sbc
 from pyro_cryo.analysis.predictive import residual_power
 from pyro_cryo.data.density_maps import DensityMaps, kaiser_bessel_grid, read_kaiser_bessel
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.data.pixels import window_power
 from pyro_cryo.data.simulate import simulate
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.reconstruct import image_power
 from pyro_cryo.inference.run import Run
 from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.linear_subspace import LinearSubspace
-from pyro_cryo.physics.fourier import half_plane_to_image, shift_phase, soft_disc
+from pyro_cryo.physics.fourier import half_plane_to_image, shift_phase
 
 RANK = 3
 MOTION = 0.3  # norm of each U over that of V0
@@ -111,7 +111,7 @@ def projected(case: Case) -> Tensor:
 def generating(case: Case, particles: Particles, share: float = 1.0) -> Run:
     """The model of the true maps, its noise learned from the images.
 
-    share: sigma^2 is the power of the residual at draws of z over this, the mean of the squared window or 1
+    share: sigma^2 is this share of the power of the residual at draws of z
     """
     model = LinearSubspace(particles.box, zdim=RANK, contrast=0.0)
     model.consensus.set(case.maps[0])
@@ -120,7 +120,7 @@ def generating(case: Case, particles: Particles, share: float = 1.0) -> Run:
     run = Run(model, particles, guide=model.make_guide())
     for number in range(ROUNDS):
         power = residual_power(run, particles, seed=number).power.nan_to_num(1.0)
-        model.log_sigma.data += 0.5 * (power / share).log()
+        model.log_sigma.data += 0.5 * (power * share).log()
     return run
 
 
@@ -141,17 +141,15 @@ def verdict(found: Calibration) -> str:
 
 
 def linear(folder: Path, images: int, box: int, snrs: list[float]) -> None:
-    print("snr\twindow\tsigma^2\tin the band\tleast p\t50%\tregion\t90%\tregion\tsharpness")
+    print("snr\twindow\tnoise\tin the band\tleast p\t50%\tregion\t90%\tregion\tsharpness")
     for snr in snrs:
         case = make(folder / f"linear{snr:g}", images, box, snr)
         for window in WINDOWS:
-            particles, mean = case.seen(window), 1.0
-            if window is not None:
-                mean = float(soft_disc(box, window * box / 2, (1 - window) * box / 2).square().mean())
-            for share in sorted({1.0, mean}, reverse=True):
+            particles = case.seen(window)
+            for share in sorted({1.0, window_power(box, window)}, reverse=True):
                 run = generating(case, particles, share)
                 found = calibration(case.z, draws_of(run, particles), torch.Generator().manual_seed(0))
-                how = "residual" if share == 1 else f"residual / {share:.2f}"
+                how = "learned" if share == 1 else "as if white"
                 print(f"{snr:g}\t{window or 'none'}\t{how}\t{verdict(found)}", flush=True)
         run = generating(case, case.seen())
         own = sbc(run, case.seen(), DRAWS)
@@ -159,15 +157,16 @@ def linear(folder: Path, images: int, box: int, snrs: list[float]) -> None:
             print(f"{snr:g}\tnone\tits own images: {name}\t{verdict(found)}", flush=True)
 
 
-def fitted(folder: Path, box: int, snr: float) -> None:
-    case = make(folder / "fitted", 2 * FITTED + HELD, box, snr)
-    particles = case.seen()
+def fitted(case: Case, box: int, window: float | None) -> None:
+    particles = case.seen(window)
     held = torch.arange(2 * FITTED, 2 * FITTED + HELD)
     region = case.maps[1:].square().sum(0)
     region = (region > MOVING * region.max()).float()
     parts = torch.arange(FITTED), torch.arange(FITTED, 2 * FITTED)
     runs = [fit(LinearSubspace(box, zdim=2 * RANK, contrast=0.0), particles[part]) for part in parts]
-    print(f"region of {int(region.sum())} voxels, {runs[0].model.zdim} and {runs[1].model.zdim} components kept")
+    print(
+        f"window {window or 'none'}: region of {int(region.sum())} voxels, {runs[0].model.zdim} and {runs[1].model.zdim} components kept"
+    )
 
     def of_truth(rows: Tensor) -> Tensor:
         average = (case.maps * region).sum((1, 2, 3)) / region.sum()
@@ -214,7 +213,9 @@ def main() -> None:
         if "linear" in asked.parts:
             linear(folder, asked.images, asked.box, asked.snr)
         if "fitted" in asked.parts:
-            fitted(folder, asked.box, asked.fit_snr)
+            case = make(folder / "fitted", 2 * FITTED + HELD, asked.box, asked.fit_snr)
+            for window in WINDOWS[:2]:
+                fitted(case, asked.box, window)
         if "network" in asked.parts:
             network(folder, asked.box, asked.fit_snr, asked.epochs)
 

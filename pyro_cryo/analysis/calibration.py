@@ -195,7 +195,7 @@ def simulated(run: Run, batch: Batch) -> Simulated:
         told: Any = poutine.trace(story).get_trace(batch)  # type: ignore[call-arg]
     latent = _sites(told, local=True)
     image = latent.pop("image")
-    own = replace(batch, image=image)
+    own = replace(batch, image=image, window_power=1.0)  # their noise is white
     return Simulated(own, latent, shared, told.nodes["image"]["fn"].log_prob(image))
 
 
@@ -211,7 +211,7 @@ def sbc(
 
     Of `particles` poses, optics and noise groups are used; images are simulated, and the guide is asked about these.
     The model's maps and noise are taken for true; whether they are is another question (`predictive`). Its noise is
-    white, so of a window, which correlates that of real images, nothing is seen here.
+    white, so of what a window does to that of real images nothing is seen here.
 
     draws: S; S + 1 divisible by 20 lets 50% and 90% regions be exact
     guide: gives the guide of a batch of simulated images, where it is not the run's: posteriors that are found image by

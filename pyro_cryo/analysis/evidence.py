@@ -35,7 +35,7 @@ def _of_batch(run: Run, batch: Batch, draws: int) -> Tensor:
         model.compute_log_prob()
         own = (batch.particles,)
         latent = [name for name in guide.stochastic_nodes if guide.nodes[name]["unscaled_log_prob"].shape == own]
-        ratio = model.nodes["image"]["unscaled_log_prob"]
+        ratio = batch.window_power * model.nodes["image"]["unscaled_log_prob"]
         for name in latent:
             ratio = ratio + model.nodes[name]["unscaled_log_prob"] - guide.nodes[name]["unscaled_log_prob"]
         ratios.append(ratio)

@@ -6,8 +6,11 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import mrcfile
+import pyro
 import pytest
 import torch
 from images import Given, blobs
@@ -34,6 +37,7 @@ from pyro_cryo.model import CryoModel
 from pyro_cryo.models.classes import Classes
 from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.models.linear_subspace import LinearSubspace
+from pyro_cryo.physics.fourier import half_plane_to_image
 from pyro_cryo.physics.slices import slope_grid
 from pyro_cryo.pose import PoseAbout
 
@@ -128,8 +132,8 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
         return Particles.open(simulate(hinge(1), folder, n_images=150, box=BOX, snr=1.0, seed=0))
 
 
-def with_maps(model: LinearSubspace, noise: float) -> LinearSubspace:
-    base = blobs(BOX, 12)
+def with_maps(model: LinearSubspace, noise: float, radius_px: float = 12.0) -> LinearSubspace:
+    base = blobs(BOX, radius_px)
     still = [0.3 * base.roll(shift, 0) for shift in (0, 2, -1, 1)]
     moving = [0.3 * (a - b.flip(1)) for a, b in zip(still[1:], still[:-1], strict=True)]
     model.consensus.set(still[0])
@@ -172,8 +176,6 @@ class Ignorant(torch.nn.Module):
         self._model = (model,)
 
     def forward(self, batch: Batch) -> None:
-        import pyro
-
         with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1):
             self._model[0].latent()
 
@@ -210,6 +212,33 @@ def test_the_map_of_a_run_is_drawn_once_for_images_and_likelihood(particles: Par
     torch.testing.assert_close(drawn, model.u, rtol=0, atol=0.2)
     assert bool((made.batch.image != particles.batch(slice(0, 5)).image).any())
     assert made.log_likelihood.shape == (5,)
+
+
+@pytest.mark.parametrize(("share", "calibrated"), [(1.0, True), (0.45, False)])
+def test_windowed_images_tell_no_more_than_they_did(tmp_path: Path, share: float, calibrated: bool) -> None:
+    """Noise in real space, a tight window, its own power as sigma^2; counted as if it were white it tells too much."""
+    count, window = 300, 0.6
+    generator = torch.Generator().manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        star = simulate(hinge(1), tmp_path / "case", n_images=count, box=BOX, snr=1.0, seed=0)
+    model = with_maps(LinearSubspace(BOX, zdim=2, contrast=0.0), 1e-3, radius_px=6)
+    torch.manual_seed(0)
+    batch = Particles.open(star).batch(slice(None))
+    with torch.no_grad():
+        trace: Any = pyro.poutine.trace(pyro.poutine.uncondition(model)).get_trace(batch)
+    clean, z = half_plane_to_image(trace.nodes["image"]["value"], batch.half), trace.nodes["z"]["value"]
+    with mrcfile.open(star.with_name("particles.mrcs"), mode="r+") as stack:
+        stack.data[:] = (clean + torch.randn(clean.shape, generator=generator)).numpy()
+    windowed = Particles.open(star, window=window)
+    assert windowed.batch([0]).window_power == pytest.approx(0.45, abs=0.01)
+    model.log_sigma.data.fill_(0.5 * math.log(0.5 * windowed.batch([0]).window_power * share))
+    latent = run_of(model, windowed).encode(windowed)
+    mean, root = torch.from_numpy(latent.z), torch.linalg.cholesky(torch.from_numpy(latent.z_cov))
+    draws = mean + (root @ torch.randn(99, count, 2, 1, generator=generator))[..., 0]
+    held = calibration(z, draws).coverage(0.9)
+    assert (float((held.interval - 0.9).abs().max()) < 4 * held.error) == calibrated
+    assert (float(held.region) > 0.9 - 4 * held.error) == calibrated
 
 
 def about(modes: PoseModes, precision: float) -> Callable[[Batch], Any]:
