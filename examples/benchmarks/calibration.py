@@ -164,9 +164,8 @@ def fitted(case: Case, box: int, window: float | None) -> None:
     region = (region > MOVING * region.max()).float()
     parts = torch.arange(FITTED), torch.arange(FITTED, 2 * FITTED)
     runs = [fit(LinearSubspace(box, zdim=2 * RANK, contrast=0.0), particles[part]) for part in parts]
-    print(
-        f"window {window or 'none'}: region of {int(region.sum())} voxels, {runs[0].model.zdim} and {runs[1].model.zdim} components kept"
-    )
+    kept = " and ".join(str(run.model.zdim) for run in runs)
+    print(f"window {window or 'none'}: region of {int(region.sum())} voxels, {kept} components kept")
 
     def of_truth(rows: Tensor) -> Tensor:
         average = (case.maps * region).sum((1, 2, 3)) / region.sum()
