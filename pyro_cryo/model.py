@@ -35,7 +35,7 @@ from pyro_cryo.physics.fourier import HalfPlane, shift_phase
 from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.pose import KnownPose
 from pyro_cryo.progress import Progress, quiet
-from pyro_cryo.volumes.conjugate import noise_sd
+from pyro_cryo.volumes.conjugate import component_sd
 
 Density = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -112,7 +112,8 @@ class CryoModel(nn.Module):
             mean = self.signal(density, z, rotation, translation, batch)
             likelihood = self.noise(mean, noise_of(batch, self.sigma))
             likelihood = likelihood.to_event(2 - likelihood.event_dim)
-            pyro.sample("image", counted(likelihood, batch), obs=batch.image)
+            with poutine.scale(scale=batch.window_power):
+                pyro.sample("image", counted(likelihood, batch), obs=batch.image)
 
     @property
     def sigma(self) -> Tensor:
@@ -170,7 +171,7 @@ class NoGuide(nn.Module):
 
 def noise_of(batch: Batch, sigma: Tensor) -> Tensor:
     """Standard deviation of each component of each coefficient, as `noise` takes it: (B, P, 1)."""
-    return noise_sd(batch, sigma)[..., None]
+    return component_sd(batch, sigma)[..., None]
 
 
 def form_image(slices: Tensor, translation: Tensor, batch: Batch) -> Tensor:

@@ -17,8 +17,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from pyro_cryo.analysis.calibration import Calibration, simultaneous_band
 from pyro_cryo.analysis.fsc import resolution_angstrom
 from pyro_cryo.analysis.latent import KMeans, as_table, pca
+from pyro_cryo.analysis.predictive import ImageFit, ResidualPower
 from pyro_cryo.guides.poses import PoseSpread
 
 if TYPE_CHECKING:
@@ -191,6 +193,70 @@ def pose_distribution(rotation: Tensor, spread: PoseSpread) -> Figure:
         axes.axvline(middle, color=VERMILION, lw=1.2)
         axes.set(xlabel=f"posterior rms {label}", ylabel="images" if not column else "", title=f"median {middle:.3g}")
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def rank_deviation(found: Mapping[str, Calibration], level: float = 0.99) -> Figure:
+    """How far ranks of truths among posterior draws are from uniform: a panel for each quantity, a line a coordinate.
+
+    The distribution function of the ranks less that of uniform ones, and the band in which all of it lies with
+    probability `level`. Above 0 at the left, below at the right: posteriors that are too sure; the reverse: too unsure;
+    on one side all along: shifted.
+    """
+    if not found:
+        raise ValueError("no quantity was ranked; there is nothing to draw")
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure, axes = _figure(len(found), 3.6 * columns, 2.8 * rows, columns)
+    for ax, (name, quantity) in zip(axes, found.items(), strict=True):
+        band = simultaneous_band(len(quantity.ranks), quantity.draws, level)
+        at, lower, upper = (_numpy(v) for v in (band.expected, band.lower - band.expected, band.upper - band.expected))
+        ax.fill_between(at, lower, upper, color="0.88", lw=0, zorder=0)
+        ax.axhline(0, color="0.6", lw=0.8, zorder=1)
+        below = torch.stack([(quantity.ranks <= j).double().mean(0) for j in range(quantity.draws)])
+        for line, colour in zip(_numpy(below).T, _cycle(below.shape[1]), strict=True):
+            ax.step(at, line - at, color=colour, lw=1.3, where="mid")
+        ax.set(xlim=(0, 1), title=name, xlabel="rank over the number of draws")
+    axes[0].set_ylabel("share of ranks below, less uniform")
+    return figure
+
+
+def residual_spectrum(found: ResidualPower, apix: float, level: float = 0.99) -> Figure:
+    """What a model leaves of images, over the noise that it expects, against resolution; a line a noise group.
+
+    The band is that of the group with the most coefficients, for all shells and groups together.
+    """
+    figure, (axes,) = _figure(1, 6.4, 3.8)
+    shells = found.power.shape[1]
+    s = np.arange(shells) / (2 * (shells - 1) * apix)
+    lower, upper = (_numpy(edge[found.count.sum(1).argmax()]) for edge in found.band(level))
+    axes.fill_between(s, lower, upper, color="0.88", lw=0, zorder=0, step="mid")
+    axes.axhline(1, color="0.6", lw=0.8, zorder=1)
+    for number, (power, colour) in enumerate(zip(found.power, _cycle(len(found.power)), strict=True)):
+        axes.plot(s, _numpy(power), color=colour, lw=1.4, marker="o", ms=3, label=f"noise group {number}")
+    axes.set(xlim=(0, 0.5 / apix), xlabel="resolution (Å)", ylabel="power of the residual over the noise")
+    ticks = _resolution_ticks(apix)
+    axes.set_xticks([1 / t for t in ticks], [f"{t:.3g}" for t in ticks])
+    if 1 < len(found.power) <= len(COLOURS):
+        axes.legend(frameon=False)
+    return figure
+
+
+def image_misfit(found: ImageFit, rate: float = 0.05) -> Figure:
+    """How images fit: chi-square and the match with their means, in standard deviations, beside the standard normal.
+
+    What lies far out is gathered in the outermost bins; the number of images that `ImageFit.junk` lists is written.
+    """
+    figure, axes = _figure(2, 8.4, 3.4, columns=2)
+    edges = np.linspace(-8, 8, 65)
+    normal = np.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi) * (edges[1] - edges[0]) * len(found.index)
+    panels = [(found.z_score, "chi-square"), (found.match, "match with what is expected")]
+    for ax, (score, label) in zip(axes, panels, strict=True):
+        ax.hist(np.clip(score, edges[0], edges[-1]), bins=list(edges), color=SKY, edgecolor="none")
+        ax.plot(edges, normal, color=VERMILION, lw=1.4)
+        ax.set(yscale="log", ylim=(0.5, None), xlabel=f"{label} (standard deviations)")
+    axes[0].set_ylabel("images a bin")
+    _note(axes[0], f"{len(found.junk(rate)):,} of {len(found.index):,} fit badly", 0.97, 0.95)
     return figure
 
 

@@ -28,6 +28,8 @@ class Batch:
     shown:       (n,) long, number of each of these particles in the Particles: `index` where each has one image
     size:        how many particles the batch stands for: all of them in a fit, n elsewhere; what is said of the batch's
                  particles, images and all, is scaled by size / n
+    window_power: mean of the squared window, 1 without: windowed noise is correlated, and its coefficients tell as much
+                 as this share of independent ones would
     """
 
     half: HalfPlane
@@ -42,6 +44,7 @@ class Batch:
     particle: Tensor
     shown: Tensor
     size: int
+    window_power: float = 1.0
 
     def __len__(self) -> int:
         return len(self.index)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch, first_of, numbered
 from pyro_cryo.data.open import opened
 from pyro_cryo.data.order import Order
-from pyro_cryo.data.pixels import Pixels, chunks
+from pyro_cryo.data.pixels import Pixels, chunks, window_power
 from pyro_cryo.data.selection import Subset
 from pyro_cryo.data.stack import Stack
 from pyro_cryo.data.table import Table
@@ -382,6 +382,7 @@ class Particles:
             particle=whole[:, 3],
             shown=whole[:, 4] if len(first) == len(rows) else self._sent(shown[first], device),
             size=len(first),
+            window_power=window_power(self.box, self.window),
         )
 
     def _sent(self, values: Tensor, device: torch.device | str) -> Tensor:

@@ -82,6 +82,11 @@ def _windowed(images: Tensor, window: float) -> Tensor:
     return (images - mean) * disc
 
 
+def window_power(box: int, window: float | None) -> float:
+    """Mean of the squared window over the box; 1 without one."""
+    return 1.0 if window is None else float(_disc(box, window, "cpu").square().mean())
+
+
 @lru_cache(maxsize=16)
 def _disc(box: int, window: float, device: str) -> Tensor:
     """1 inside `window` times half the box, 0 at its edge."""

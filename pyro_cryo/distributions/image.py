@@ -88,6 +88,16 @@ class StudentImage(TorchDistribution):
         loc, scale = (v.expand(shape + v.shape[-2:]) for v in (self.loc, self.scale))
         return StudentImage(self.df.expand(shape), loc, scale)
 
+    @property
+    def mean(self) -> Tensor:
+        """(*batch, P, 2), where df is above 1."""
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        """(*batch, P, 2), scale^2 df / (df - 2) where df is above 2."""
+        return self.scale.square() * (self.df / (self.df - 2))[..., None, None]
+
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Images (*sample_shape, *batch, P, 2)."""
         shape = torch.Size(sample_shape)

@@ -122,5 +122,5 @@ def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor)
     with torch.enable_grad():
         at = z.detach().requires_grad_()
         nodes: Any = poutine.trace(poutine.condition(model, {**others, "z": at})).get_trace(batch).nodes
-        height = nodes["image"]["fn"].log_prob(batch.image) + nodes["z"]["fn"].log_prob(at)
+        height = batch.window_power * nodes["image"]["fn"].log_prob(batch.image) + nodes["z"]["fn"].log_prob(at)
         return height.detach(), torch.autograd.grad(height.sum(), at)[0]

@@ -67,18 +67,18 @@ def predicted(run: Run, batch: Batch, sites: dict[str, Tensor]) -> Tensor:
 
 
 def log_density(trace: Any, batch: Batch) -> Tensor:
-    """log p of all that a trace says of each particle: (*draws, n)."""
+    """log p of all that a trace says of each particle, windowed images counted as the model counts: (*draws, n)."""
     trace.compute_log_prob(site_filter=lambda name, node: of_particles(node))
     total = batch.image.new_zeros(batch.particles)
     for node in trace.nodes.values():
         if node["type"] == "sample" and of_particles(node):
-            total = total + node["unscaled_log_prob"]
+            total = total + node["log_prob"]
     return total
 
 
 def trace_of(story: Any, batch: Batch) -> Any:
-    """Pyro's trace of a model or a guide."""
-    return poutine.trace(story).get_trace(batch)
+    """Pyro's trace of a model or a guide, the particles counted for themselves."""
+    return poutine.trace(story).get_trace(batch.standing_for(batch.particles))
 
 
 def of_particles(node: Any) -> bool:

@@ -98,10 +98,21 @@ class NormalEquations:
         return rhs, spectrum, shell_mean(spectrum, self.box // 2 + 1, self.box / (2 * side))
 
 
-def noise_sd(batch: Batch, sigma: Tensor) -> Tensor:
+def component_sd(batch: Batch, sigma: Tensor) -> Tensor:
     """Standard deviation of each real component of each coefficient: (B, P)."""
     sd = sigma[batch.noise_group][:, batch.half.shell]
     return sd if batch.noise_scale is None else sd * batch.noise_scale
+
+
+def noise_sd(batch: Batch, sigma: Tensor) -> Tensor:
+    """That of independent noise which tells as little as the images' own: (B, P).
+
+    A soft window w leaves the signal as it is, takes mean(w^2) of the noise's power and correlates the rest: what
+    images say is then what they said before, at sd^2 = power of windowed noise / mean(w^2). As a model's likelihood to
+    the power mean(w^2) has it.
+    """
+    sd = component_sd(batch, sigma)
+    return sd if batch.window_power == 1 else sd / math.sqrt(batch.window_power)
 
 
 @dataclass(frozen=True)

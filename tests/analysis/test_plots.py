@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from pyro_cryo.analysis.calibration import calibration, simultaneous_band
 from pyro_cryo.analysis.latent import kmeans, pca
 from pyro_cryo.analysis.plots import (
     central_sections,
     fsc_curves,
+    image_misfit,
     latent_density,
     learning_curve,
     map_series,
     pose_distribution,
+    rank_deviation,
+    residual_spectrum,
 )
+from pyro_cryo.analysis.predictive import ImageFit, ResidualPower
 from pyro_cryo.guides.poses import PoseSpread
 from pyro_cryo.physics.rotations import random_rotations
 
@@ -111,6 +116,50 @@ def test_poses_are_drawn_as_a_density_and_their_uncertainty() -> None:
     upright = torch.eye(3).expand(500, 3, 3)
     top = np.asarray(pose_distribution(upright, spread).axes[0].collections[0].get_array()).reshape(61, 121)
     assert top[-1].min() > 20 * top[30].max()
+
+
+def test_ranks_are_drawn_beside_their_band() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth, draws = torch.randn(200, 2, generator=generator), torch.randn(19, 200, 2, generator=generator)
+    found = {"right": calibration(truth, draws), "shifted": calibration(truth[:, :1], draws[..., :1] + 2)}
+    right, shifted = rank_deviation(found).axes
+    assert (right.get_title(), shifted.get_title()) == ("right", "shifted")
+    band = simultaneous_band(200, 19)
+    for axes, lines, outside in ((right, 2, False), (shifted, 1, True)):
+        drawn = [line for line in axes.lines if len(line.get_xdata()) == 19]
+        assert len(drawn) == lines
+        for line in drawn:
+            height = torch.as_tensor(np.asarray(line.get_ydata())) + band.expected
+            assert bool(((height > band.upper + 1e-6) | (height < band.lower - 1e-6)).any()) == outside
+    with pytest.raises(ValueError, match="nothing to draw"):
+        rank_deviation({})
+
+
+def test_the_residual_is_drawn_against_angstrom_with_its_band() -> None:
+    power, count = torch.ones(2, 9), torch.full((2, 9), 100.0)
+    power[1, 4] = 2.0
+    found = ResidualPower(power, count)
+    (axes,) = residual_spectrum(found, apix=2.0).axes
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 9]
+    np.testing.assert_allclose(lines[1].get_xydata()[4], [4 / 32, 2.0])
+    lower, upper = (edge[0] for edge in found.band(0.99))
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((float(lower.min()), float(upper.max())), rel=1e-5)
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["noise group 0", "noise group 1"]
+
+
+def test_misfit_counts_every_image_and_names_how_many_are_junk() -> None:
+    rng = np.random.default_rng(0)
+    chi_square, match = rng.chisquare(400, 1000), rng.standard_normal(1000)
+    match[:20] -= 30
+    found = ImageFit(np.arange(1000), chi_square, 400, match)
+    axes = image_misfit(found).axes
+    for panel in axes:
+        assert sum(p.get_height() for p in panel.patches) == 1000
+    assert axes[1].patches[0].get_height() == 20
+    (said,) = texts(axes[0])
+    assert said == f"{len(found.junk(0.05))} of 1,000 fit badly"
+    assert 20 <= len(found.junk(0.05)) <= 25
 
 
 def test_importing_the_plots_does_not_import_matplotlib() -> None:

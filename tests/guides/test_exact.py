@@ -91,6 +91,31 @@ def test_an_elbo_with_the_exact_guide_is_the_evidence_of_all_images_side_by_side
         assert abs(float(elbo(apart)) + total) > 1  # one z an image is another story
 
 
+def test_of_windowed_images_the_guide_is_exact_too() -> None:
+    """What images of half the information say: log p(image | z)^(1/2) p(z) over q(z) is the same for every z."""
+    model = linear()
+    batch = replace(drawn(model, 1, 6)[0], window_power=0.5)
+    guide, ratios = model.make_guide(), []
+    with torch.no_grad():
+        for _ in range(3):
+            asked = pyro.poutine.trace(guide).get_trace(batch)
+            told = pyro.poutine.trace(pyro.poutine.replay(model, asked)).get_trace(batch)
+            ratios.append(told.log_prob_sum() - asked.log_prob_sum())
+    assert float(max(ratios) - min(ratios)) < 0.05
+
+
+def test_the_noise_of_windowed_images_is_their_own() -> None:
+    """The likelihood is highest at the sd of their coefficients, whatever share of them counts."""
+    model = linear()
+    batch, z = drawn(model, 1, 300)
+    told = pyro.poutine.trace(pyro.poutine.condition(model, {"z": z})).get_trace(replace(batch, window_power=0.5))
+    told.log_prob_sum(lambda name, site: name == "image").backward()
+    slope = model.log_sigma.grad
+    assert slope is not None
+    count = 2 * 300 * torch.bincount(batch.half.shell, minlength=BOX // 2 + 1)
+    assert bool((slope.abs() <= 4 * 0.5 * (2 * count).sqrt()).all())
+
+
 def test_the_same_image_twice_has_twice_the_information() -> None:
     model = linear()
     batch, _ = drawn(model, 1, 5)
