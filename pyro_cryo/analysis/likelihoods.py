@@ -81,8 +81,8 @@ def _evaluated(run: Run, batch: Batch, z: Tensor) -> Tensor:
         left = [name for name in trace.stochastic_nodes if name != "particles"]
         if left:
             raise ValueError(
-                f"{type(run.model).__name__} has the latent site {left[0]} beside z, and no closed form to integrate it "
-                "out; give a model whose guide is exact, such as manifold or linear_subspace"
+                f"{type(run.model).__name__} has the latent site {left[0]} beside z, and no closed form to integrate "
+                "it out; give a model whose guide is exact, such as manifold or linear_subspace"
             )
         trace.compute_log_prob(lambda name, _: name == "image")
         columns.append(trace.nodes["image"]["unscaled_log_prob"])

@@ -2,13 +2,14 @@
 
 Posterior means of z are drawn together by its prior, and draws of z are spread by each image's noise: histograms of
 either fill barriers and move wells. Weights that make the particles most probable (`most_probable`) are free of that,
-but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density is smooth: on K bins of width h = 1 / K,
+but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density is smooth: on K bins, h = 1 / K wide,
 
     w_k = exp f_k / sum_j exp f_j,      q-th differences of f ~ Normal(0, rate^2 h^(2 q - 1)),
 
-the q-th derivative of the log density white noise, as in a smoothing spline (Wahba, J. R. Stat. Soc. B 45 (1983) 133);
-with q = 3 what is smoothest is a Gaussian (Silverman, Annals of Statistics 10 (1982) 795). The order q and the rate are
-learned with f: what is drawn are all three, given the particles.
+the q-th derivative of the log density white noise, as in a smoothing spline, whose bands cover on average over the
+curve (Wahba, J. R. Stat. Soc. B 45 (1983) 133). With q = 3 what is smoothest is a Gaussian (Silverman, Annals of
+Statistics 10 (1982) 795); q = 2 lets a barrier be sharper than the wells, at the price of wider bands, and is believed
+where particles insist. q and the rate are learned with f: what is drawn are all three, given the particles.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-ORDERS = {2: (1.0, 3.0), 3: (2.0, 5.0)}  # q, and between which powers of ten the rate lies
+ORDERS = {3: (0.9, 2.0, 5.0), 2: (0.1, 1.0, 3.0)}  # q: its probability, and powers of ten between which the rate lies
 RATES = 9
-WIDEST_KT = 30.0  # sd of f beside that: free energies beyond it are not expected
+WIDEST_KT = 5.0  # sd of what no difference sees, the polynomials below order q, at a bin
 PARTICLES = 1024  # whose likelihoods are handled together
-CHAINS, KEPT = 100, 5  # that are drawn side by side, and how many of the last draws of each are kept
-BURN, LEAPS, LEAP = 6, 6, 0.3
+CHAINS, KEPT = 100, 6  # that are drawn side by side, and how many of the last draws of each are kept
+BURN, LEAPS, LEAP = 8, 6, 0.3
 PASSES = 10_000
 
 
@@ -50,7 +50,9 @@ def relative(log_likelihood: Tensor) -> Tensor:
     largest = log_likelihood.double().amax(1, keepdim=True)
     wrong = (~torch.isfinite(largest[:, 0])).nonzero().flatten().tolist()
     if wrong:
-        raise ValueError(f"particle {wrong[0]} has a log likelihood of {float(largest[wrong[0]])}; expected finite numbers")
+        raise ValueError(
+            f"particle {wrong[0]} has a log likelihood of {float(largest[wrong[0]])}; expected finite numbers"
+        )
     return (log_likelihood.double() - largest).exp()
 
 
@@ -88,20 +90,21 @@ def smooth_draws(likelihood: Tensor, seed: int = 0) -> Tensor:
     kept = []
     for _ in range(BURN + KEPT):
         f = _moved(likelihood, f, peaks.precision[which], peaks.root[which], generator)
-        log_weight = peaks.log_prior(f)
-        which = torch.multinomial(log_weight.softmax(1), 1, generator=generator)[:, 0]
+        which = torch.multinomial(peaks.log_prior(f).softmax(1), 1, generator=generator)[:, 0]
         kept.append(f.log_softmax(1))
     return torch.cat(kept[-KEPT:])
 
 
-def precisions(bins: int) -> Tensor:
-    """Inverse covariances of f (G, K, K) for all orders and rates of the grid."""
-    made = []
-    for order, (low, high) in ORDERS.items():
+def _smoothnesses(bins: int) -> tuple[Tensor, Tensor]:
+    """Inverse covariances of f (G, K, K) and log probabilities (G,) of all orders and rates of the grid."""
+    precision, log_share = [], []
+    for order, (share, low, high) in ORDERS.items():
         difference = torch.eye(bins, dtype=torch.float64).diff(n=order, dim=0)
         rate = torch.logspace(low, high, RATES, dtype=torch.float64)[:, None, None]
-        made.append(difference.T @ difference / (rate.square() * (1 / bins) ** (2 * order - 1)))
-    return torch.cat(made) + torch.eye(bins, dtype=torch.float64) / WIDEST_KT**2
+        precision.append(difference.T @ difference / (rate.square() * (1 / bins) ** (2 * order - 1)))
+        log_share += [math.log(share / RATES)] * RATES
+    widest = torch.eye(bins, dtype=torch.float64) / (bins * WIDEST_KT**2)
+    return torch.cat(precision) + widest, torch.tensor(log_share, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,14 @@ class _Peaks:
     """Laplace's approximation for each of G smoothnesses.
 
     precision:    (G, K, K) of the prior
+    log_share:    (G,) log probability of the smoothness, before any particle
     mode:         (G, K) of f
     root:         (G, K, K) lower triangular, root root' the curvature there
-    log_evidence: (G,) log p(images | smoothness), up to a constant
+    log_evidence: (G,) log p(particles, smoothness), up to a constant
     """
 
     precision: Tensor
+    log_share: Tensor
     mode: Tensor
     root: Tensor
     log_evidence: Tensor
@@ -122,7 +127,7 @@ class _Peaks:
     @staticmethod
     def of(likelihood: Tensor) -> _Peaks:
         """From likelihoods (n, K)."""
-        precision = precisions(likelihood.shape[1])
+        precision, log_share = _smoothnesses(likelihood.shape[1])
         f, modes, roots, heights = torch.zeros(likelihood.shape[1], dtype=torch.float64), [], [], []
         for one in precision:
             f, height, root = _climbed(likelihood, f, one)
@@ -130,8 +135,8 @@ class _Peaks:
             heights.append(height)
             roots.append(root)
         root = torch.stack(roots)
-        log_evidence = torch.stack(heights) + 0.5 * torch.logdet(precision) - _log_det(root)
-        return _Peaks(precision, torch.stack(modes), root, log_evidence)
+        log_volume = 0.5 * torch.logdet(precision) - root.diagonal(dim1=1, dim2=2).log().sum(1)
+        return _Peaks(precision, log_share, torch.stack(modes), root, torch.stack(heights) + log_volume + log_share)
 
     def drawn(self, which: Tensor, generator: torch.Generator) -> Tensor:
         """f from the Gaussians `which` (C,): (C, K)."""
@@ -139,8 +144,9 @@ class _Peaks:
         return self.mode[which] + _solved_transposed(self.root[which], noise)
 
     def log_prior(self, f: Tensor) -> Tensor:
-        """log p(f | smoothness) of f (C, K), up to a constant: (C, G)."""
-        return 0.5 * (torch.logdet(self.precision) - torch.einsum("ck,gkl,cl->cg", f, self.precision, f))
+        """log p(f, smoothness) of f (C, K), up to a constant: (C, G)."""
+        square = torch.einsum("ck,gkl,cl->cg", f, self.precision, f)
+        return self.log_share + 0.5 * (torch.logdet(self.precision) - square)
 
 
 def _climbed(likelihood: Tensor, f: Tensor, precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,8 +218,3 @@ def _solved(root: Tensor, values: Tensor) -> Tensor:
 def _solved_transposed(root: Tensor, values: Tensor) -> Tensor:
     """root'^-1 values, (C, K)."""
     return torch.linalg.solve_triangular(root.mT, values[..., None], upper=True)[..., 0]
-
-
-def _log_det(root: Tensor) -> Tensor:
-    """Half the log determinant of root root', (G,)."""
-    return root.diagonal(dim1=1, dim2=2).log().sum(1)
