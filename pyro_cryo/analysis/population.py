@@ -8,8 +8,8 @@ but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density
 
 the q-th derivative of the log density white noise, as in a smoothing spline, whose bands cover on average over the
 curve (Wahba, J. R. Stat. Soc. B 45 (1983) 133). With q = 3 what is smoothest is a Gaussian (Silverman, Annals of
-Statistics 10 (1982) 795); q = 2 lets a barrier be sharper than the wells, at the price of wider bands, and is believed
-where particles insist. q and the rate are learned with f: what is drawn are all three, given the particles.
+Statistics 10 (1982) 795); q = 2 lets a barrier be sharper than the wells, at the price of wider bands, and is expected
+one time in ten. q and the rate are learned with f: what is drawn are all three, given the particles.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def most_probable(log_likelihood: Tensor, tolerance: float = 1e-3) -> Tensor:
     """Weights (L,) of points that make particles most probable, from log p(x_i | z_l) (n, L): no smoothness, no prior.
 
     Expectation maximisation from equal weights, until max_l mean_i p(x_i | z_l) / p(x_i) <= 1 + tolerance: no weights
-    then have more than `tolerance` nats a particle more (Lindsay 1983). Many are next to nothing.
+    then have more than `tolerance` nats a particle more (Lindsay 1983); or for `PASSES`. Many are next to nothing.
     """
     likelihood = relative(log_likelihood)
     weight = torch.full_like(likelihood[0], 1 / likelihood.shape[1])
