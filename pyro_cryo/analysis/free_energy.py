@@ -1,13 +1,19 @@
 """The free energy along a coordinate of shapes, -log of their density in units of kT, with its posterior.
 
-    path = principal_path(run.latent.z, steps=120, percentiles=(0, 100))
-    s = np.linspace(0, 1, 120)
-    profile = free_energy(log_likelihoods(run, run.particles, path), s)
-    print(profile.barrier_kt(0.2, 0.8))
+    path = principal_path(run.latent.z, steps=12, percentiles=(0, 100))
+    points, s = along_path(path, 120)
+    profile = free_energy(log_likelihoods(run, run.particles, points), s)
+    print(profile.barrier_kt(s[30], s[90]))
 
 Images tell the density of shapes as they were frozen, in the coordinate that is given: another coordinate, that
-stretches one end, has another free energy. The points must reach as far as the particles: those beyond are counted at
-the ends.
+stretches one end, has another free energy. Points are all that shapes may be. They must reach as far as the particles:
+those beyond are counted at the ends. Where particles lie off a path in ways that images tell, give a cloud of points
+about it, such as the z of some hundred particles, how far along each lies, and what they share of their bins:
+
+    told = log_likelihoods(run, run.particles, cloud)
+    profile = free_energy(told, cloud @ direction, share=most_probable(told, tolerance=0.1))
+
+The tolerance is wide: the most probable weights themselves are a few atoms, of whose chance the band knows nothing.
 """
 
 from __future__ import annotations
@@ -79,6 +85,19 @@ class FreeEnergy:
         return int(np.abs(self.s - s).argmin())
 
 
+def along_path(path: Tensor | ArrayLike, count: int) -> tuple[Array, Array]:
+    """The midpoints of `count` equally long parts of a path of straight pieces, and how far along it they lie.
+
+    path (S, zdim) -> points (count, zdim), lengths (count,), in the units of z.
+    """
+    corner = as_table(path)
+    reached = np.concatenate([[0.0], np.linalg.norm(np.diff(corner, axis=0), axis=1).cumsum()])
+    if len(corner) < 2 or reached[-1] == 0:
+        raise ValueError(f"a path of {len(corner)} points and no length; give at least 2 points that differ")
+    s = reached[-1] * (np.arange(count) + 0.5) / count
+    return np.stack([np.interp(s, reached, column) for column in corner.T], 1), s
+
+
 def free_energy(
     log_likelihood: Tensor | ArrayLike,
     coordinate: Tensor | ArrayLike,
@@ -93,8 +112,8 @@ def free_energy(
     points let L be a multiple of `bins`, 4 times as many say, and a spacing no wider than an image tells z. Bins may be
     narrower than that: what they are is then for the smoothness of the density to say (`analysis.population`).
 
-    share: (L,) what points of one bin count for in it, such as `most_probable` of a cloud of points, most of which lie
-           where no shape is; default: all alike, right where points follow one path
+    share: (L,) what points of one bin count for in it; taken as known: the band does not tell how sure it is
+           (default: all alike, right where points follow one path)
     level: probability of the band at each bin
     """
     told = torch.as_tensor(log_likelihood).detach().cpu()

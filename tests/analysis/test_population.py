@@ -10,7 +10,7 @@ import torch
 from images import blobs, observed, seen_together
 from torch import Tensor
 
-from pyro_cryo.analysis.free_energy import FreeEnergy, free_energy
+from pyro_cryo.analysis.free_energy import FreeEnergy, along_path, free_energy
 from pyro_cryo.analysis.likelihoods import log_likelihoods
 from pyro_cryo.analysis.plots import free_energy_profile
 from pyro_cryo.analysis.population import binned, most_probable, relative, smooth_draws
@@ -183,7 +183,40 @@ def test_bands_cover_the_truth_at_about_their_level() -> None:
         width.append(found.high_kt - found.low_kt)
     print(f"90% bands hold {np.mean(inside):.3f}, median width {np.median(width):.2f} kT")
     assert 0.82 < np.mean(inside) < 0.985
-    assert np.median(width) < 1.6
+    assert np.median(width) < 2.2
+
+
+def test_a_cloud_of_points_takes_shapes_off_the_path_into_account() -> None:
+    """z = (s, t), t of two states, which images confuse with s: with t held at 0 the wells would be in wrong places."""
+    rng = np.random.default_rng(5)
+    z = np.where(rng.uniform(size=1500) < 0.6, -1.0, 1.0) + WELL * rng.normal(size=1500)
+    z = np.stack([z, np.where(rng.uniform(size=1500) < 0.5, -2.0, 2.0)], 1)
+    root = np.linalg.cholesky(np.array([[0.09, 0.24], [0.24, 1.0]]))
+    said = z + rng.normal(size=z.shape) @ root.T
+    points = np.stack(np.meshgrid(grid(32), np.linspace(-3, 3, 7), indexing="ij"), -1).reshape(-1, 2)
+
+    def told(at: np.ndarray) -> Tensor:
+        white = np.linalg.solve(root, (said[:, None] - at).reshape(-1, 2).T)
+        return torch.from_numpy(-0.5 * (white**2).sum(0).reshape(len(said), len(at)))
+
+    cloud = free_energy(told(points), points[:, 0], 16, share=most_probable(told(points), tolerance=0.1))
+    path = np.stack([grid(32), np.zeros(32)], 1)
+    line = free_energy(told(path), path[:, 0], 16)
+    truth = truth_kt(16)
+    seen = truth < truth.min() + 2
+    error = [np.abs(one.median_kt - truth)[seen].max() for one in (cloud, line)]
+    print("greatest error in the wells, kT: cloud, line:", error)
+    assert error[0] < 0.3
+    assert error[1] > 0.5
+    assert ((cloud.low_kt <= truth) & (truth <= cloud.high_kt)).mean() > 0.7
+
+
+def test_points_are_midpoints_of_equal_lengths_of_a_path() -> None:
+    points, s = along_path([[0.0, 0.0], [3.0, 0.0], [3.0, 1.0]], 4)
+    np.testing.assert_allclose(s, [0.5, 1.5, 2.5, 3.5])
+    np.testing.assert_allclose(points, [[0.5, 0], [1.5, 0], [2.5, 0], [3, 0.5]])
+    with pytest.raises(ValueError, match="a path of 1 points and no length"):
+        along_path([[0.0, 1.0]], 4)
 
 
 def test_more_particles_narrow_the_band_and_none_leave_it_wide() -> None:
