@@ -8,19 +8,18 @@ but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density
 
 the q-th derivative of the log density white noise, as in a smoothing spline, whose bands cover on average over the
 curve (Wahba, J. R. Stat. Soc. B 45 (1983) 133). With q = 3 what is smoothest is a Gaussian (Silverman, Annals of
-Statistics 10 (1982) 795); q = 2 lets a barrier be sharper than the wells, at the price of wider bands, and is expected
-one time in ten. q and the rate are learned with f: what is drawn are all three, given the particles.
+Statistics 10 (1982) 795), and a barrier that is sharper than the wells is flattened, with bands too narrow there; q = 2
+follows it, with wider ones. q and the rate are learned with f: what is drawn are all three, given the particles.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ORDERS = {3: (0.9, 2.0, 5.0), 2: (0.1, 1.0, 3.0)}  # q: its probability, and powers of ten between which the rate lies
+ORDERS = {2: (1.0, 3.0), 3: (2.0, 5.0)}  # q, and powers of ten between which the rate lies
 RATES = 9
 WIDEST_KT = 5.0  # sd of what no difference sees, the polynomials below order q, at a bin
 PARTICLES = 1024  # whose likelihoods are handled together
@@ -95,16 +94,14 @@ def smooth_draws(likelihood: Tensor, seed: int = 0) -> Tensor:
     return torch.cat(kept[-KEPT:])
 
 
-def _smoothnesses(bins: int) -> tuple[Tensor, Tensor]:
-    """Inverse covariances of f (G, K, K) and log probabilities (G,) of all orders and rates of the grid."""
-    precision, log_share = [], []
-    for order, (share, low, high) in ORDERS.items():
+def _smoothnesses(bins: int) -> Tensor:
+    """Inverse covariances of f (G, K, K) for all orders and rates of the grid, equally probable."""
+    made = []
+    for order, (low, high) in ORDERS.items():
         difference = torch.eye(bins, dtype=torch.float64).diff(n=order, dim=0)
         rate = torch.logspace(low, high, RATES, dtype=torch.float64)[:, None, None]
-        precision.append(difference.T @ difference / (rate.square() * (1 / bins) ** (2 * order - 1)))
-        log_share += [math.log(share / RATES)] * RATES
-    widest = torch.eye(bins, dtype=torch.float64) / (bins * WIDEST_KT**2)
-    return torch.cat(precision) + widest, torch.tensor(log_share, dtype=torch.float64)
+        made.append(difference.T @ difference / (rate.square() * (1 / bins) ** (2 * order - 1)))
+    return torch.cat(made) + torch.eye(bins, dtype=torch.float64) / (bins * WIDEST_KT**2)
 
 
 @dataclass(frozen=True)
@@ -112,14 +109,12 @@ class _Peaks:
     """Laplace's approximation for each of G smoothnesses.
 
     precision:    (G, K, K) of the prior
-    log_share:    (G,) log probability of the smoothness, before any particle
     mode:         (G, K) of f
     root:         (G, K, K) lower triangular, root root' the curvature there
-    log_evidence: (G,) log p(particles, smoothness), up to a constant
+    log_evidence: (G,) log p(particles | smoothness), up to a constant
     """
 
     precision: Tensor
-    log_share: Tensor
     mode: Tensor
     root: Tensor
     log_evidence: Tensor
@@ -127,7 +122,7 @@ class _Peaks:
     @staticmethod
     def of(likelihood: Tensor) -> _Peaks:
         """From likelihoods (n, K)."""
-        precision, log_share = _smoothnesses(likelihood.shape[1])
+        precision = _smoothnesses(likelihood.shape[1])
         f, modes, roots, heights = torch.zeros(likelihood.shape[1], dtype=torch.float64), [], [], []
         for one in precision:
             f, height, root = _climbed(likelihood, f, one)
@@ -136,7 +131,7 @@ class _Peaks:
             roots.append(root)
         root = torch.stack(roots)
         log_volume = 0.5 * torch.logdet(precision) - root.diagonal(dim1=1, dim2=2).log().sum(1)
-        return _Peaks(precision, log_share, torch.stack(modes), root, torch.stack(heights) + log_volume + log_share)
+        return _Peaks(precision, torch.stack(modes), root, torch.stack(heights) + log_volume)
 
     def drawn(self, which: Tensor, generator: torch.Generator) -> Tensor:
         """f from the Gaussians `which` (C,): (C, K)."""
@@ -144,9 +139,9 @@ class _Peaks:
         return self.mode[which] + _solved_transposed(self.root[which], noise)
 
     def log_prior(self, f: Tensor) -> Tensor:
-        """log p(f, smoothness) of f (C, K), up to a constant: (C, G)."""
+        """log p(f | smoothness) of f (C, K), up to a constant: (C, G)."""
         square = torch.einsum("ck,gkl,cl->cg", f, self.precision, f)
-        return self.log_share + 0.5 * (torch.logdet(self.precision) - square)
+        return 0.5 * (torch.logdet(self.precision) - square)
 
 
 def _climbed(likelihood: Tensor, f: Tensor, precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
