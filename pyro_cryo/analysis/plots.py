@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pyro_cryo.analysis.calibration import Calibration, simultaneous_band
+from pyro_cryo.analysis.free_energy import FreeEnergy
 from pyro_cryo.analysis.fsc import resolution_angstrom
 from pyro_cryo.analysis.latent import KMeans, as_table, pca
 from pyro_cryo.analysis.predictive import ImageFit, ResidualPower
@@ -168,6 +169,29 @@ def map_series(volumes: Tensor, apix: float, labels: Sequence[str] | None = None
     return figure
 
 
+def free_energy_profile(
+    profile: FreeEnergy, means: ArrayLike | Tensor | None = None, label: str = "coordinate"
+) -> Figure:
+    """The free energy along a coordinate with its band, kT; the axis ends where next to no particles are.
+
+    means: (n,) coordinates of the particles' posterior means: -log of their histogram is drawn in grey, to compare
+    """
+    figure, (axes,) = _figure(1, 6.0, 3.8)
+    band = f"{100 * profile.level:.3g}% at each point"
+    axes.fill_between(profile.s, profile.low_kt, profile.high_kt, color=SKY, alpha=0.45, lw=0, label=band)
+    axes.plot(profile.s, profile.median_kt, color=BLUE, lw=1.8, label="median")
+    if means is not None:
+        axes.step(
+            profile.s, _counted_kt(profile, as_table(means)[:, 0]), "0.55", where="mid", lw=1.2, label="means of z"
+        )
+    lowest = float(profile.low_kt.min())
+    highest = max(float(np.min(profile.high_kt)) + 1, min(float(profile.high_kt.max()), lowest + 12))
+    pad = 0.05 * (highest - lowest)
+    axes.set(xlabel=label, ylabel="free energy (kT)", title="Free energy", ylim=(lowest - pad, highest + pad))
+    axes.legend(frameon=False)
+    return figure
+
+
 def pose_distribution(rotation: Tensor, spread: PoseSpread) -> Figure:
     """From where N particles are seen, rotation (N, 3, 3), and how unsure their poses are.
 
@@ -268,6 +292,15 @@ def _density_of_directions(direction: Tensor, longitude: NDArray[Any], latitude:
     point = torch.from_numpy(np.stack([cosine * np.cos(longitude), cosine * np.sin(longitude), sine], -1))
     near = [torch.exp(concentration * (row @ direction.double().T - 1)).mean(-1) for row in point]
     return 2 * concentration * torch.stack(near).numpy()
+
+
+def _counted_kt(profile: FreeEnergy, coordinate: NDArray[np.floating]) -> NDArray[np.floating]:
+    """-log of a histogram on the profile's bins, 0 where it is even; not a number where it is empty: (K,)."""
+    half = 0.5 * (profile.s[1] - profile.s[0])
+    bins, span = len(profile.s), (profile.s[0] - half, profile.s[-1] + half)
+    counts = np.histogram(coordinate, bins, span)[0].astype(float)
+    counts[counts == 0] = np.nan
+    return -np.log(counts * bins / len(coordinate))
 
 
 def _latent_histogram(z: NDArray[np.floating], clusters: KMeans | None) -> Figure:
