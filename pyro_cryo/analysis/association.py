@@ -38,7 +38,8 @@ class Association:
     p_value:      of the hypothesis that they are independent; at least 1 / (1 + permutations)
     statistic:    the largest entry of `score`
     score:        (2, 2) rows view direction, in-plane angle; columns z, its squares and products: how much of these
-                  the pose explains, in standard deviations of what it explains of shuffled z, from the mean of that
+                  the pose explains, in standard deviations of what it explains of shuffled z, from the mean of that;
+                  minus infinity where there are none: products of class probabilities are these again
     permutations: how often z was shuffled
     share:        of the variance of z that the pose explains, less what it would by chance
     largest:      the same of that direction in z of which the pose explains most
@@ -98,8 +99,10 @@ def association(
 def pose_association(run: Run, particles: Particles | None = None, seed: int = 0) -> Association:
     """The test for one draw of z, and of the pose where that is uncertain, from a run's guide for each particle.
 
-    particles: default: those of the fit. Others, that were not fitted, are what tells how z is read, not learned
+    particles: default: those of the fit; others, which were not fitted, need known poses
     """
+    if particles is not None and run.poses is not None:
+        raise ValueError("the run found the poses of its own particles alone; leave particles out")
     draws: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -132,7 +135,8 @@ def _judged(product: Array, views: int, variance: Array, particles: int) -> Asso
     rows = (square[:, :views].sum(1), square[:, views:].sum(1))
     explained = np.array([[row[:, :components].sum(1), row[:, components:].sum(1)] for row in rows])
     explained = np.moveaxis(explained, -1, 0)  # (1 + permutations, 2, 2)
-    score = (explained - explained.mean(0)) / explained.std(0).clip(1e-12)
+    spread = explained.std(0)
+    score = np.where(spread > VARIES**2, (explained - explained.mean(0)) / spread.clip(VARIES**2), -np.inf)
     statistic = score.max((1, 2))
     share = square[..., :components].sum(1) @ variance
     linear = product[..., :components]
