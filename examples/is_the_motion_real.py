@@ -40,7 +40,7 @@ def judge(name: str, particles: Particles) -> None:
     if motion > max(chance, 0.143):
         print(f"  both halves show the same motion, to {found.resolution_angstrom:.0f} angstrom.")
     else:
-        print(f"  the motion of one half is not that of the other (at shapes matched at random {chance:.2f}): noise.")
+        print(f"  what moves in one half, if anything, does not in the other (at random {chance:.2f}): noise.")
 
 
 def off(particles: Particles, angle_deg: float) -> Particles:

@@ -106,6 +106,7 @@ def off(particles: Particles, name: str, off_deg: float, seed: int) -> Tested:
 
 def moves(run: Run) -> bool:
     """Whether the images support any motion: a fit to too few has none, and its z says nothing."""
+    assert isinstance(run.model, LinearSubspace)
     return bool(run.model.volume.components[1:].any())
 
 

@@ -108,8 +108,8 @@ def pose_association(run: Run, particles: Particles | None = None, seed: int = 0
         torch.manual_seed(seed)
         for batch in (run.particles if particles is None else particles).batches(256, device=run.device):
             nodes: Any = poutine.trace(run.guide).get_trace(batch).nodes  # type: ignore[arg-type, call-arg]
-            rotation = nodes["rotation"]["value"] if "rotation" in nodes else batch.rotation
-            draws.append((nodes["z"]["value"].cpu(), rotation[batch.first].cpu()))
+            rotation = nodes["rotation"]["value"] if "rotation" in nodes else batch.rotation[batch.first]
+            draws.append((nodes["z"]["value"].cpu(), rotation.cpu()))
     z, rotation = (torch.cat(part) for part in zip(*draws, strict=True))
     symmetry = getattr(run.model, "symmetry", None)
     return association(z, rotation, None if symmetry is None else symmetry.cpu(), seed=seed)

@@ -14,7 +14,9 @@ from torch import Tensor
 from pyro_cryo.analysis.association import FEWEST, association, pose_association
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
+from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.fit import fit
+from pyro_cryo.inference.run import guide_of
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.rotations import exp, point_group, random_rotations
 
@@ -159,3 +161,17 @@ def test_particles_of_several_images_count_once(still: Particles) -> None:
     run = fit(LinearSubspace(20, zdim=1, contrast=0.0), still)
     pairs = replace(still, table=replace(still.table, particle=torch.arange(400) // 2))
     assert pose_association(run, pairs).particles == 200
+
+
+def test_poses_that_are_uncertain_are_drawn_with_z(still: Particles) -> None:
+    run = fit(LinearSubspace(20, zdim=1, contrast=0.0), still)
+    pairs = replace(still, table=replace(still.table, particle=torch.arange(400) // 2))
+    for particles, turn in ((still, exp(torch.tensor([0.0, 0.0, 1.0]))), (pairs, torch.eye(3))):
+        rotation = turn @ particles.relative @ particles.of_images(particles.rotation[particles.first])
+        precision = (1e4 * torch.eye(5)).expand(400, 1, 5, 5)
+        modes = PoseModes(rotation[:, None], particles.translation[:, None], precision, torch.zeros(400, 1))
+        posed = replace(run, source=particles, poses=modes, guide=guide_of(run.model, modes))
+        vars(posed).pop("particles", None)
+        assert pose_association(posed).particles == particles.n_particles
+        with pytest.raises(ValueError, match="poses of its own particles alone"):
+            pose_association(posed, particles)
