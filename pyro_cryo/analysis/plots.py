@@ -118,7 +118,7 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
 
 
 def motion_fsc(found: HalfSets) -> Figure:
-    """What two half sets share of whole maps and of motions, over what motions share at shapes matched at random.
+    """What two half sets share of whole maps and of motions, and what motions share at shapes matched at random.
 
     Thin lines are the motions at single shapes, the thick one is of all together.
     """
@@ -127,7 +127,7 @@ def motion_fsc(found: HalfSets) -> Figure:
     s = np.arange(len(found.pooled)) / (2 * (len(found.pooled) - 1) * found.apix)
     for curve in found.motion:
         axes.plot(s, curve, color=VERMILION, lw=0.7, alpha=0.4)
-    axes.fill_between(s, -1, found.null, color="0.88", zorder=0, label="motions, shapes matched at random (95%)")
+    axes.plot(s, found.null, color=BLACK, lw=1.2, ls=":", label="motions, shapes matched at random (95%)")
     axes.set(ylim=(-0.5, 1.05), title=f"Half sets: R² of z {found.r2[0]:.2f}, {found.r2[1]:.2f}")
     axes.legend(frameon=False, loc="lower left")
     return figure

@@ -134,7 +134,7 @@ def check_plot(found: HalfSets, path: Path) -> None:
     (axes,) = figure.axes
     s = np.arange(BOX // 2 + 1) / (BOX * found.apix)
     np.testing.assert_allclose(axes.lines[1].get_xydata(), np.stack([s, found.pooled], 1))
-    assert sum(len(line.get_xdata()) == len(s) for line in axes.lines) == 2 + len(found.motion)
+    assert sum(len(line.get_xdata()) == len(s) for line in axes.lines) == 3 + len(found.motion)
     assert "R²" in axes.get_title()
     figure.savefig(path, dpi=150)
     assert path.stat().st_size > 5000
