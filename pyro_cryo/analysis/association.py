@@ -4,7 +4,11 @@ A latent that encodes pose is the commonest false motion: poses that are off dep
 mask cuts off in some views, are explained by z where nothing moves. The test is of one draw of z from each particle's
 posterior. Under the right population and noise p(z) p(R) p(image | z, R) is the joint distribution of all three, so a
 draw of z given the image and R is distributed as z itself, whatever R is. Posterior means are not: in views that hide
-the motion they shrink to the middle, and so depend on the view always.
+the motion they shrink to the middle, and so depend on the view.
+
+Of 199 fits to 400 simulated images with a motion (32 px, SNR 0.05) 7.0% have p <= 5%, of particles that were not fitted
+3.5%; of 60 with poses off by 6 degrees to the one side or the other (SNR 0.1) 97% where the molecule moves as well, all
+where it is still (examples/benchmarks/pose_association.py).
 """
 
 from __future__ import annotations
