@@ -110,8 +110,23 @@ def write_models(path: Path, xyz: torch.Tensor) -> None:
             file.write("ENDMDL\n")
 
 
+def is_the_motion_real(folder: Path) -> None:
+    said = run("-W", "ignore", EXAMPLES / "is_the_motion_real.py", "--images", 600, "--box", 24, folder=folder)
+    p = [float(found) for found in re.findall(r"associated with p = ([\d.]+)", said)]
+    number = r"(-?\d\.\d+)"
+    line = rf"^(.+): R2 of z between the halves {number}, motion FSC {number}, of whole maps {number}"
+    table = np.array([row[1:] for row in re.findall(line, said, re.MULTILINE)], float)
+    print(said)
+    assert min(p[:2]) > 0.01 > p[2]  # p-values of what is not associated are anywhere in 0 to 1
+    assert table.shape == (3, 3)
+    assert table[[0, 2], :2].min() > 0.7  # errors of poses come back as motions do
+    assert table[1, 1] < 0.3
+    assert table[:, 2].min() > 0.9
+
+
 KNOWN: dict[str, Callable[[Path], None]] = {
     "demo.py": demo,
+    "is_the_motion_real.py": is_the_motion_real,
     "md_prior.py": md_prior,
     "swap_noise.py": swap_noise,
     "three_priors.py": three_priors,

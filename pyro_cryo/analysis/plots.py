@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from pyro_cryo.analysis.half_sets import HalfSets
+
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000",
 )  # fmt: skip
@@ -114,6 +116,22 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
     axes.set(xlim=(0, nyquist), ylim=(-0.1, 1.05), xlabel="resolution (Å)", ylabel="Fourier shell correlation")
     ticks = _resolution_ticks(apix)
     axes.set_xticks([1 / t for t in ticks], [f"{t:.3g}" for t in ticks])
+    axes.legend(frameon=False, loc="lower left")
+    return figure
+
+
+def motion_fsc(found: HalfSets) -> Figure:
+    """What two half sets share of whole maps and of motions, and what motions share at shapes matched at random.
+
+    Thin lines are the motions at single shapes, the thick one is of all together.
+    """
+    figure = fsc_curves({"maps": found.maps.mean(0), "motions": found.pooled}, found.apix)
+    (axes,) = figure.axes
+    s = np.arange(len(found.pooled)) / (2 * (len(found.pooled) - 1) * found.apix)
+    for curve in found.motion:
+        axes.plot(s, curve, color=VERMILION, lw=0.7, alpha=0.4)
+    axes.plot(s, found.null, color=BLACK, lw=1.2, ls=":", label="motions, shapes matched at random (95%)")
+    axes.set(ylim=(-0.5, 1.05), title=f"Half sets: R² of z {found.r2[0]:.2f}, {found.r2[1]:.2f}")
     axes.legend(frameon=False, loc="lower left")
     return figure
 
