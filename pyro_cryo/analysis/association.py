@@ -14,16 +14,15 @@ where it is still (examples/benchmarks/pose_association.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from pyro import poutine
 from torch import Tensor
 
 from pyro_cryo.analysis.latent import as_table
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference.draws import drawn
 from pyro_cryo.inference.run import Run
 from pyro_cryo.physics.asymmetric_unit import to_unit
 
@@ -105,15 +104,13 @@ def pose_association(run: Run, particles: Particles | None = None, seed: int = 0
 
     particles: default: those of the fit; others, which were not fitted, need known poses
     """
-    if particles is not None and run.poses is not None:
-        raise ValueError("the run found the poses of its own particles alone; leave particles out")
     draws: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for batch in (run.particles if particles is None else particles).batches(256, device=run.device):
-            nodes: Any = poutine.trace(run.guide).get_trace(batch).nodes  # type: ignore[arg-type, call-arg]
-            rotation = nodes["rotation"]["value"] if "rotation" in nodes else batch.rotation[batch.first]
-            draws.append((nodes["z"]["value"].cpu(), rotation.cpu()))
+        for batch in run.batches(run.particles if particles is None else particles, 256):
+            sites = drawn(run, batch, 1).sites
+            rotation = sites["rotation"][0] if "rotation" in sites else batch.rotation[batch.first]
+            draws.append((sites["z"][0].cpu(), rotation.cpu()))
     z, rotation = (torch.cat(part) for part in zip(*draws, strict=True))
     symmetry = getattr(run.model, "symmetry", None)
     return association(z, rotation, None if symmetry is None else symmetry.cpu(), seed=seed)
