@@ -183,17 +183,26 @@ class Particles:
 
     def rows_in(self, whole: Particles) -> Tensor:
         """(N,) long: which images of `whole` these are, by stack and frame. ValueError where one is not among them."""
+        row = self._sought_in(whole)
+        other = np.flatnonzero(row < 0)
+        if len(other):
+            stack, frame = self.table.files[self.table.file[other[0]]], self.table.frame[other[0]] + 1
+            raise ValueError(f"image {other[0]} ({frame}@{stack}) is not one of {whole.table.path}; give some of those")
+        return torch.from_numpy(row)
+
+    def are_in(self, whole: Particles) -> Tensor:
+        """(N,) bool: which of these images are images of `whole`, by stack and frame."""
+        return torch.from_numpy(self._sought_in(whole) >= 0)
+
+    def _sought_in(self, whole: Particles) -> np.ndarray:
+        """(N,) the row of each image in `whole`, -1 where it is not there."""
         number = {Path(file.path).resolve(): i for i, file in enumerate(whole.stack.files)}
         mine = np.array([number.get(Path(file.path).resolve(), -1) for file in self.stack.files])
         frames = 1 + max(int(whole.table.frame.max()), int(self.table.frame.max()))
         every, wanted = whole.table.file * frames + whole.table.frame, mine[self.table.file] * frames + self.table.frame
         order = np.argsort(every, kind="stable")
         row = order[np.searchsorted(every, wanted, sorter=order).clip(max=len(order) - 1)]
-        other = np.flatnonzero(every[row] != wanted)
-        if len(other):
-            stack, frame = self.table.files[self.table.file[other[0]]], self.table.frame[other[0]] + 1
-            raise ValueError(f"image {other[0]} ({frame}@{stack}) is not one of {whole.table.path}; give some of those")
-        return torch.from_numpy(row)
+        return np.where(every[row] == wanted, row, -1)
 
     @cached_property
     def relative(self) -> Tensor:

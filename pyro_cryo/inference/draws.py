@@ -46,13 +46,15 @@ def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
     with torch.no_grad(), pyro.validation_enabled(False):
         traces = _traces(run, batch, draws)
         together = torch.cat if run.poses is None else torch.stack
-        latent = [(name, traces[0].nodes[name]) for name in traces[0].stochastic_nodes if name != "particles"]
-        shared = {name: node["fn"].mean for name, node in latent if not of_particles(node)}
+        latent = _latent(traces[0])
         names = [name for name, node in latent if of_particles(node) and not node["infer"].get("is_auxiliary")]
         sites = {name: together([trace.nodes[name]["value"] for trace in traces]) for name in names}
         log_weight = batch.image.new_zeros(weighed, batch.particles)
         if weighed:
-            log_weight -= together([log_density(trace, batch) for trace in traces])[:weighed]
+            guessed = together([log_density(trace, batch) for trace in traces])
+            log_weight -= guessed.expand(draws, -1)[:weighed]  # alike where there is nothing to guess
+            whole = traces[0] if run.poses is not None else trace_of(run.guide, batch)
+            shared = {name: node["fn"].mean for name, node in _latent(whole) if not of_particles(node)}
         for s in range(weighed):
             given = shared | {name: value[s] for name, value in sites.items()}
             log_weight[s] += log_density(trace_of(poutine.condition(run.model, given), batch), batch)
@@ -84,6 +86,11 @@ def trace_of(story: Any, batch: Batch) -> Any:
 def of_particles(node: Any) -> bool:
     """Whether a site is one of the particles'."""
     return any(frame.name == "particles" for frame in node["cond_indep_stack"])
+
+
+def _latent(trace: Any) -> list[tuple[str, Any]]:
+    """The sites that a guide draws."""
+    return [(name, trace.nodes[name]) for name in trace.stochastic_nodes if name != "particles"]
 
 
 def _traces(run: Run, batch: Batch, draws: int) -> list[Any]:

@@ -1,0 +1,70 @@
+"""pyro-cryo compare"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pyro_cryo.cli.options import (
+    AS_THE_RUN,
+    add_device,
+    add_particles,
+    add_quiet,
+    check_file,
+    device_of,
+    open_particles,
+    progress_of,
+)
+from pyro_cryo.cli.parser import add_command
+
+
+def add_to(commands: Any) -> None:
+    """The command and its arguments."""
+    parser = add_command(commands, "compare", "which of several runs explains particles best that none has seen", run)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="run", help="folders of two or more runs")
+    add_particles(parser, AS_THE_RUN)
+    add = parser.add_argument
+    add("--unseen", action="store_true", help="only those of the particles that no run was fitted to")
+    add("--draws", type=int, default=100, help="of z and the like for each particle, where a model is not solved for")
+    add("-o", "--out", type=Path, help=".tsv to write the table to as well")
+    add("--overwrite", action="store_true", help="replace the file if it is there")
+    add_device(parser)
+    add_quiet(parser)
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Print a table of runs, the best first, and what it says."""
+    from pyro_cryo.analysis.compare import compare, unseen
+    from pyro_cryo.inference.run import Run
+    from pyro_cryo.inference.state import read_record
+
+    if asked.draws < 1:
+        raise ValueError(f"{asked.draws} draws; give 1 or more, 25 or more for k")
+    if asked.out is not None:
+        if asked.out.suffix != ".tsv":
+            raise ValueError(f"{asked.out} is not .tsv; name the file by its format")
+        check_file(asked.out, asked.overwrite)
+    runs = {name: Run.load(folder, device=device_of(asked)) for name, folder in named(asked.runs).items()}
+    record, first = read_record(asked.runs[0])["particles"], next(iter(runs.values()))
+    treated = {name: record[name] for name in ("invert", "normalize", "window") if name in record}
+    particles = open_particles(asked, box=first.model.box, **treated)
+    if asked.unseen:
+        left = unseen(runs, particles)
+        if not bool(left.any()):
+            raise ValueError(f"all {len(particles)} images were fitted; fit to a part of them (--first, --subset)")
+        particles = particles[left]
+    found = compare(runs, particles, asked.draws, progress=progress_of(asked))
+    table = found.summary.rename_axis("run").reset_index()
+    lines = [f"log p and what it is below the best, nats a particle, of {particles.n_particles} particles"]
+    print("\n".join([*lines, table.to_string(index=False, float_format="{:.4g}".format), found.sentence]))
+    if asked.out is not None:
+        table.to_csv(asked.out, sep="\t", index=False)
+
+
+def named(folders: list[Path]) -> dict[str, Path]:
+    """Folders by their names, or by their paths where names are alike."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"{len(folders)} runs and some of them the same; give each run once")
+    alike = len({folder.resolve().name for folder in folders}) < len(folders)
+    return {str(folder) if alike else folder.resolve().name: folder for folder in folders}
