@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import images_at_once
+from pyro_cryo.guides.defocus import Defocus
 from pyro_cryo.guides.landscape import MapLikelihood, PoseLikelihood, climbed
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.reconstruct import add_shells, left_of, noise_floor
@@ -76,6 +77,8 @@ class PoseEM:
     sigma:     (noise groups, D / 2 + 1) noise sd to begin with; its device is where maps are
     generator: of the draws of poses
     support:   radius of the ball that holds the molecule, of half the box
+
+    defocus:   posteriors of the offsets from the table's, which `particles` then have in; None where they are known
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class PoseEM:
         self.particles, self.prior, self.symmetry, self.sigma = particles, prior, symmetry, sigma.clone()
         self.generator, self.progress, self.support = generator, progress, support
         self.device = sigma.device
+        self.defocus: Defocus | None = None
 
     def search(
         self,

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.defocus import Defocus
 from pyro_cryo.guides.pose_mixture import PosedGuide, PoseMixture
 from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_arrays
 from pyro_cryo.model import CryoModel
 from pyro_cryo.progress import Progress, quiet
 
-LATENT, PARTICLES, POSES = "latent.npz", "particles.star", "poses.npz"
+LATENT, PARTICLES, POSES, DEFOCUS = "latent.npz", "particles.star", "poses.npz", "defocus.npz"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Run:
     source:       the particles, or what opens them when they are first asked for
     folder:       where it is kept; None for a fit in memory
     poses:        posteriors of the poses, translations in pixels of the model's box; None where they are known
+    defocus:      posteriors of what images' defocus differs by from the table's; None where it was not refined
     records:      one a pass: epoch, step, loss (minus the ELBO, nats an image), images_per_second, seconds
     """
 
@@ -55,6 +57,7 @@ class Run:
     folder: Path | None = None
     guide: nn.Module | None = None
     poses: PoseModes | None = None
+    defocus: Defocus | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
@@ -90,12 +93,14 @@ class Run:
                 "build the model as it was fitted"
             ) from error
         source = particles if particles is not None else partial(open_again, record, folder)
-        return Run(model, source, folder, guide, poses, read_log(folder))
+        return Run(model, source, folder, guide, poses, read_defocus(folder), read_log(folder))
 
     @cached_property
     def particles(self) -> Particles:
-        """What the model was fitted to; where poses were found, at the best of each image."""
+        """What the model was fitted to; where poses were found, at the best of each image, its defocus at the mean."""
         source = self.source if isinstance(self.source, Particles) else self.source()
+        if self.defocus is not None:
+            source = source.with_defocus(self.defocus.mean)
         return source if self.poses is None else source.with_poses(*self.poses.best)
 
     @cached_property
@@ -174,15 +179,18 @@ class Run:
         self.model.write_results(self.folder, self.particles)
 
     def _pose_columns(self) -> dict[str, np.ndarray]:
-        """How unsure each image's pose is, in columns that RELION carries along."""
+        """How unsure each image's pose and defocus are, in columns that RELION carries along."""
         if self.poses is None:
             return {}
         spread = self.poses.spread
-        return {
+        columns = {
             "pyroCryoAngleSdDeg": spread.angle_deg.numpy(),
             "pyroCryoShiftSdPx": spread.shift_px.numpy(),
             "pyroCryoPoseEntropy": spread.entropy.numpy(),
         }
+        if self.defocus is not None:
+            columns["pyroCryoDefocusSdAngst"] = self.defocus.sd.numpy()
+        return columns
 
 
 def guide_of(model: CryoModel, poses: PoseModes | None) -> nn.Module:
@@ -209,6 +217,20 @@ def read_poses(folder: Path) -> PoseModes | None:
         return None
     with np.load(folder / POSES) as file:
         return PoseModes(*(torch.from_numpy(file[field.name]) for field in fields(PoseModes)))
+
+
+def write_defocus(folder: Path, defocus: Defocus | None) -> None:
+    """defocus.npz, where it was refined: mean (N,) and sd (N,) of what to add to the table's, angstrom."""
+    if defocus is not None:
+        write_arrays(folder / DEFOCUS, mean=defocus.mean.numpy(), sd=defocus.sd.numpy())
+
+
+def read_defocus(folder: Path) -> Defocus | None:
+    """What `write_defocus` wrote, if it did."""
+    if not (folder / DEFOCUS).exists():
+        return None
+    with np.load(folder / DEFOCUS) as file:
+        return Defocus(torch.from_numpy(file["mean"]), torch.from_numpy(file["sd"]))
 
 
 def open_again(record: dict[str, Any], folder: Path) -> Particles:
