@@ -239,8 +239,10 @@ class _Loop:
             if folder is not None:
                 write_defocus(folder, found.defocus)
                 write_poses(folder, found.modes)  # the last: where they stand, all was found
+                run.poses = read_poses(folder)
                 for path in folder.glob("*poses.part.pt"):
                     path.unlink()
+        assert run.poses is not None
         learn_spread(self.model, self.particles, run.poses, run.defocus)
         vars(run).pop("particles", None)
         self.particles = run.particles

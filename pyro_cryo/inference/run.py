@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.defocus import Defocus
 from pyro_cryo.guides.pose_mixture import PosedGuide, PoseMixture
+from pyro_cryo.guides.pose_table import open_table, write_table
 from pyro_cryo.guides.poses import PoseModes
-from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_arrays
+from pyro_cryo.inference.state import (
+    build_model,
+    load_checkpoint,
+    read_log,
+    read_record,
+    write_arrays,
+    write_atomically,
+)
 from pyro_cryo.model import CryoModel
 from pyro_cryo.progress import Progress, quiet
 
-LATENT, PARTICLES, POSES, DEFOCUS = "latent.npz", "particles.star", "poses.npz", "defocus.npz"
+LATENT, PARTICLES, POSES, DEFOCUS = "latent.npz", "particles.star", "poses.npy", "defocus.npz"
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,8 @@ class Run:
     model, guide: the modules, on the device of the fit
     source:       the particles, or what opens them when they are first asked for
     folder:       where it is kept; None for a fit in memory
-    poses:        posteriors of the poses, translations in pixels of the model's box; None where they are known
+    poses:        posteriors of the poses, translations in pixels of the model's box; None where they are known. Those
+                  of a run in a folder are mapped to its file
     defocus:      posteriors of what images' defocus differs by from the table's; None where it was not refined
     records:      one a pass: epoch, step, loss (minus the ELBO, nats an image), images_per_second, seconds
     """
@@ -207,16 +216,13 @@ def guide_of(model: CryoModel, poses: PoseModes | None) -> nn.Module:
 
 
 def write_poses(folder: Path, poses: PoseModes) -> None:
-    """poses.npz: rotation (N, K, 3, 3), translation (N, K, 2), precision (N, K, 5, 5) and log_weight (N, K)."""
-    write_arrays(folder / POSES, **{name: value.numpy() for name, value in vars(poses).items()})
+    """poses.npy, a row an image: rotation (K, 3, 3), translation (K, 2), precision (K, 5, 5) and log_weight (K,)."""
+    write_atomically(folder / POSES, lambda beside: write_table(beside, poses))
 
 
 def read_poses(folder: Path) -> PoseModes | None:
-    """What `write_poses` wrote, if it did."""
-    if not (folder / POSES).exists():
-        return None
-    with np.load(folder / POSES) as file:
-        return PoseModes(*(torch.from_numpy(file[field.name]) for field in fields(PoseModes)))
+    """What `write_poses` wrote, if it did: mapped, a row is read when it is asked for."""
+    return open_table(folder / POSES) if (folder / POSES).exists() else None
 
 
 def write_defocus(folder: Path, defocus: Defocus | None) -> None:
