@@ -229,6 +229,25 @@ def _with_prior(posterior: VoxelPosterior) -> VoxelPosterior:
 
 
 @dataclass(frozen=True)
+class Added:
+    """What a pass added up for one map of box b.
+
+    value, weight: (2b, 2b, b + 1) of `NormalEquations`
+    square, count: (noise groups, b / 2 + 1) squares of what is left of the images, and of how many coefficients
+    """
+
+    value: Tensor
+    weight: Tensor
+    square: Tensor
+    count: Tensor
+
+    @property
+    def box(self) -> int:
+        """b"""
+        return len(self.value) // 2
+
+
+@dataclass(frozen=True)
 class Sums:
     """What a pass adds up: normal equations, and squares of what a map leaves of the images, by shell."""
 
@@ -246,12 +265,12 @@ class Sums:
         square = left_of(batch, self.grid).square().sum(-1) + batch.ctf.square() * self.known.variance[batch.half.shell]
         add_shells(self.square, self.count, square, batch, weight)
 
-    def count_on(self, before: Sums, factor: float) -> None:
-        """Add what earlier sums on the same box hold, times a factor."""
-        for mine, theirs in (
-            (self.equations.value, before.equations.value),
-            (self.equations.weight, before.equations.weight),
-            (self.square, before.square),
-            (self.count, before.count),
-        ):
+    @property
+    def added(self) -> Added:
+        """All of it that the next pass needs."""
+        return Added(self.equations.value, self.equations.weight, self.square, self.count)
+
+    def count_on(self, before: Added, factor: float) -> None:
+        """Add what an earlier pass on the same box added, times a factor."""
+        for mine, theirs in zip(vars(self.added).values(), vars(before).values(), strict=True):
             mine.add_(theirs, alpha=factor)

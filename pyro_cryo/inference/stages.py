@@ -11,17 +11,22 @@ from torch import Tensor
 
 from pyro_cryo.guides.defocus import Defocus
 from pyro_cryo.guides.poses import PoseModes, PosePrior
+from pyro_cryo.inference.map_mixture import MapMixture
 from pyro_cryo.inference.pose_em import PoseEM, Solved
 from pyro_cryo.inference.state import write_atomically
 
 
 @dataclass(frozen=True)
 class Reached:
-    """What a stage came to: a map, posteriors of poses, and the mean log evidence of an image beside an empty one."""
+    """What a stage came to: a map, posteriors of poses, and the mean log evidence of an image beside an empty one.
+
+    mixture: the maps that are parting from it, where particles are of several kinds; poses are found afterwards
+    """
 
     known: Solved
     modes: PoseModes
     evidence: float
+    mixture: MapMixture | None = None
 
 
 Stage = Callable[[Reached | None], Reached]
@@ -66,6 +71,7 @@ def _write(em: PoseEM, done: int, reached: Reached, path: Path) -> None:
         "variance": reached.known.variance,
         "modes": reached.modes.tensors,
         "evidence": reached.evidence,
+        "mixture": None if reached.mixture is None else reached.mixture.state,
         "spread": (em.prior.turn_sd, em.prior.shift_sd),
         "sigma": em.sigma,
         "defocus": None if em.defocus is None else em.defocus.tensors,
@@ -83,4 +89,5 @@ def _read(em: PoseEM, path: Path) -> tuple[int, Reached]:
         em.defocus = Defocus(*state["defocus"])
         em.particles = em.particles.with_defocus(em.defocus.mean)
     known = Solved(state["volume"].to(em.device), state["variance"].to(em.device))
-    return state["done"], Reached(known, PoseModes(*state["modes"]), state["evidence"])
+    mixture = None if state["mixture"] is None else MapMixture.of(state["mixture"], em.device)
+    return state["done"], Reached(known, PoseModes(*state["modes"]), state["evidence"], mixture)
