@@ -4,16 +4,16 @@
     PoseAbout   R_i = exp([v]x) R0_i,  v ~ Normal(0, turn_sd^2),  t_i ~ Normal(t0_i, shift_sd^2)
     AnyPose     R_i ~ Haar measure of SO(3),                      t_i ~ Normal(0, shift_sd^2)
 
-R0_i and t0_i are the table's consensus. Where a particle lies along the beam is a part of its image's defocus,
-
-    d_i ~ Normal(0, defocus_sd^2) more than the table's
-
-with PoseAbout of a defocus_sd above 0: it is refined beside the poses (`guides.defocus`), and is no site of the model,
-which has it as known.
- A particle that is seen in several images, a tilt pair or a series, has one
+R0_i and t0_i are the table's consensus. A particle that is seen in several images, a tilt pair or a series, has one
 rotation, that of its first view; the others are turned from it as the table says, R_iv = T_iv R_i, and each image has a
 shift of its own. A spread of shifts is in pixels of the model's box; the site `translation`, as
 a batch's translations, is in pixels of the image's own field of view: freq_scale times as many.
+
+How high a particle lies along the beam shows as defocus. Where PoseAbout has a spread of it, that of image i is
+
+    d_i ~ Normal(0, defocus_sd^2)
+
+more than the table's, refined beside the poses (`guides.defocus`). It is no site: a model takes its mean as known.
 
     model = CryoDRGN(particles.box, zdim=4)
     model.poses = PoseAbout(turn_sd_deg=3.0, shift_sd_px=1.0)

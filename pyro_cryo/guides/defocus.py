@@ -75,7 +75,8 @@ class DefocusLikelihood:
     """What images say of their defocus beside the one map that they were all added up to.
 
     An image is compared with what the others make of its slice: its own share, whose noise would speak for the defocus
-    it was added at, is taken out again in closed form, s_other = (s - h x / ctf) / (1 - h).
+    it was added at, is taken out again in closed form, s_other = (s - h x / ctf) / (1 - h) with its leverage
+    h = variance (ctf / sigma)^2 / 2.
 
     grid:     `fourier_grid` of the map
     variance: (shells,) posterior variance of its slices' coefficients

@@ -17,7 +17,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import images_at_once
 from pyro_cryo.guides.defocus import Defocus, DefocusLikelihood, offsets_about
-from pyro_cryo.inference.pose_em import PoseEM
+from pyro_cryo.inference.pose_em import PoseEM, noise_left
 from pyro_cryo.inference.stages import Reached, Stage
 from pyro_cryo.physics.slices import fourier_grid
 
@@ -57,14 +57,14 @@ def _refocused(em: PoseEM, table: Particles, reached: Reached | None) -> Reached
 
 
 def _added_up(em: PoseEM, reached: Reached) -> DefocusLikelihood:
-    """The map of all images at their best poses, as they are focused."""
+    """The map of all images at their best poses, as they are focused, and what the one before left of them as noise."""
     box, (rotation, translation) = reached.known.box, reached.modes.best
     images = replace(em.particles, box=box).with_poses(rotation, translation * (box / em.particles.box))
     sums = em.sums(reached.known)
     for batch in _batches(em, images, "map"):
         sums.add(batch)
     known = em.solved(sums, enveloped=True)
-    return DefocusLikelihood(fourier_grid(known.volume), known.variance, em.noise(box))
+    return DefocusLikelihood(fourier_grid(known.volume), known.variance, noise_left(sums))
 
 
 def _batches(em: PoseEM, images: Particles, title: str) -> Iterator[Batch]:

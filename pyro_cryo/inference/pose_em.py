@@ -200,10 +200,9 @@ class PoseEM:
 
     def learn_noise(self, *sums: Sums) -> None:
         """sigma, from what the poses left of the images that were added to these."""
-        box, square, count = sums[0].known.box, sum(s.square for s in sums), sum(s.count for s in sums)
-        sd = noise_floor((0.5 * torch.as_tensor(square) / torch.as_tensor(count).clamp_min(1e-6)).sqrt())
+        box = sums[0].known.box
         last = box // 2 + (1 if box == self.particles.box else 0)  # the shell of the corner is half empty
-        self.sigma[:, 1:last] = sd[:, 1:last] * (self.particles.box / box)
+        self.sigma[:, 1:last] = noise_left(*sums)[:, 1:last] * (self.particles.box / box)
 
     def solved(self, sums: Sums, enveloped: bool = False) -> Solved:
         """The posterior mean of the map, within the ball.
@@ -221,6 +220,12 @@ class PoseEM:
             volume = posterior.to_map(posterior.mean(1e-2))
         variance = box * posterior.determined() / posterior.seen.clamp_min(1e-30) / order
         return Solved(volume, variance)
+
+
+def noise_left(*sums: Sums) -> Tensor:
+    """sd of what maps left of the images that were added to these, (noise groups, b / 2 + 1) on their box b."""
+    square, count = sum(s.square for s in sums), sum(s.count for s in sums)
+    return noise_floor((0.5 * torch.as_tensor(square) / torch.as_tensor(count).clamp_min(1e-6)).sqrt())
 
 
 def _with_prior(posterior: VoxelPosterior) -> VoxelPosterior:
