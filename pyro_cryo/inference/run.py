@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -188,12 +188,34 @@ class Run:
         z, z_cov = torch.cat(means).numpy(), torch.cat(covariances).numpy()
         return Latent(np.arange(particles.n_particles), z, z_cov)
 
-    def posterior(self, particles: Particles | None = None, draws: int = 500, **settings: Any) -> Any:
-        """Draws of all that is latent about particles, by default all of the run's, as ArviZ takes them.
+    def some(self, index: Sequence[int]) -> Particles:
+        """Those of the run's particles with these numbers, each with all its images. ValueError where one is not there."""
+        numbers, count = torch.as_tensor(index, dtype=torch.long).flatten(), self.particles.n_particles
+        outside = numbers[(numbers < 0) | (numbers >= count)]
+        if len(outside) or not len(numbers):
+            named = f"particle {int(outside[0])}" if len(outside) else "no particle"
+            raise ValueError(f"{named} is asked for; the run has particles 0 to {count - 1}")
+        return self.particles[self.particles.images_of(numbers)]
+
+    def posterior(
+        self,
+        particles: Particles | None = None,
+        draws: int = 500,
+        *,
+        index: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Draws of all that is latent about particles, as ArviZ takes them.
 
         `pyro_cryo.inference.posterior` says what is in it and what the settings are.
+
+        particles: default: the run's own, or those with the numbers `index`, by which they are then named
         """
-        return posterior(self, self.particles if particles is None else particles, draws, **settings)
+        if particles is not None and index is not None:
+            raise ValueError("give particles or an index of the run's own, not both")
+        if index is None:
+            return posterior(self, self.particles if particles is None else particles, draws, **settings)
+        return posterior(self, self.some(index), draws, **settings).assign_coords(particle=list(index))
 
     def volume(self, z: Tensor | np.ndarray | None = None) -> Tensor:
         """Maps at z (zdim,) or (n, zdim): (D, D, D) or (n, D, D, D), z-y-x, on the scale of the images.
