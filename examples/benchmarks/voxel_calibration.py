@@ -8,7 +8,7 @@ tau, envelope, number of components and contrast are learned. For each shell up 
 coefficients of |mean of the draws - truth|^2 / (variance of the draws), freed of what the finite number of draws adds;
 1 where the posterior is right. Of a family, at the z of some particles, as uncertain as they are.
 
---mask: given, the support from which maps were drawn; auto and none, as of `pyro-cryo fit`.
+--mask: given, a solvent mask about the support from which maps were drawn; auto and none, as of `pyro-cryo fit`.
 --case: images with true maps (truth.npz beside the .star, as `pyro-cryo simulate` writes) in place of drawn ones.
 """
 
@@ -55,6 +55,11 @@ def falling(box: int) -> Tensor:
 def support(box: int) -> Tensor:
     """Where density is, soft."""
     return soft_disc(box, 0.26 * box, 0.12 * box, dims=3)
+
+
+def solvent_mask(box: int) -> Tensor:
+    """What a user would give: a ball about the support, with a soft edge beyond it."""
+    return soft_disc(box, 0.36 * box, 0.06 * box, dims=3)
 
 
 def drawn(box: int, count: int, generator: torch.Generator) -> Tensor:
@@ -146,7 +151,7 @@ def run_of(
     mask = args.mask
     if mask == "given":
         mask = str(folder / "mask.mrc")
-        write_map(mask, support(args.box), APIX)
+        write_map(mask, solvent_mask(args.box), APIX)
     star = simulate(source, folder / "case", n_images=args.images, box=args.box, snr=args.snr, seed=seed)
     return fitted(model(mask), Particles.open(star), seed), truth_of(star)
 

@@ -159,7 +159,8 @@ def _solve(
         scale = density_envelope(first, mask)
     else:
         mask = mask.to(everywhere)
-        scale = mask * density_envelope(mask * first, mask)
+        # of the masked map, and zero where the mask is: a soft edge that counted twice would expect too little there
+        scale = torch.where(mask > 0, density_envelope(mask * first, mask), 0.0)
     posterior = whole.posterior(scale, order=order, like=plain)
     mean = posterior.mean(3e-2)
     tau = mackay_tau(posterior, mean)
