@@ -78,8 +78,13 @@ class Homogeneous(CryoModel):
     def posterior_draws(
         self, particles: Particles, seed: int = 0, progress: Progress = quiet
     ) -> Iterator[StillDraw] | None:
-        prior = MapPrior.of(self.scale, self.tau)
-        return still_draws(particles, self.sigma.detach(), prior, self.symmetry.to(self.tau.device), seed, progress)
+        symmetry = self.symmetry.to(self.tau.device)
+        return still_draws(particles, self.sigma.detach(), self.consensus_prior, symmetry, seed, progress)
+
+    @property
+    def consensus_prior(self) -> MapPrior:
+        """scale and tau."""
+        return MapPrior.of(self.scale, self.tau)
 
     def write_results(self, folder: Path, particles: Particles) -> None:
         """map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv)."""

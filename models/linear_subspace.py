@@ -140,6 +140,8 @@ class LinearSubspace(CryoModel):
     def posterior_draws(
         self, particles: Particles, seed: int = 0, progress: Progress = quiet
     ) -> Iterator[FamilyDraw] | None:
+        if not len(self.prior.tau):
+            raise ValueError(f"the maps of this {type(self).__name__} are not fitted yet; let the fit finish first")
         maps = Maps(self.volume.components, self.prior.scale, self.sigma.detach(), self.prior.tau)
         return family_draws(particles, maps, self.coefficients, self.consensus_prior, self.symmetry, seed, progress)
 

@@ -115,20 +115,29 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
     return figure
 
 
-def central_sections(volume: Tensor, apix: float, sd: Tensor | None = None, title: str = "") -> Figure:
-    """The sections through the centre voxel of a map (D, D, D), and below them those of its standard deviation."""
+def central_sections(
+    volume: Tensor, apix: float, sd: Tensor | None = None, title: str = "", probability: Tensor | None = None
+) -> Figure:
+    """The sections through the centre voxel of a map (D, D, D), and below them those of its standard deviation.
+
+    probability (D, D, D): of a difference at each voxel, below these: white at 1/2, where nothing is known of its sign.
+    """
     rows = [("density", volume, "gray")] + ([("standard deviation", sd, "viridis")] if sd is not None else [])
+    if probability is not None:
+        rows.append(("probability", probability, "RdBu_r"))
     figure, axes = _figure(3 * len(rows), 8.2, 2.9 * len(rows) + 0.3, columns=3)
     for row, (label, map_, colours) in enumerate(rows):
         sections = [_numpy(s) for s in _central(map_)]
         low, high = _contrast(np.concatenate([s.ravel() for s in sections])) if row == 0 else _range(map_)
+        if map_ is probability:
+            low, high = 0.0, 1.0
         picture = None
         for plane, section, ax in zip(("x-y", "x-z", "y-z"), sections, axes[3 * row : 3 * row + 3], strict=True):
             picture = ax.imshow(section, origin="lower", cmap=colours, vmin=low, vmax=high)
             if row == 0:
                 ax.set_title(f"{plane} section", size=10)
             _bare(ax)
-        _scale_bar(axes[3 * row], len(map_), apix)
+        _scale_bar(axes[3 * row], len(map_), apix, "black" if map_ is probability else "white")
         assert picture is not None
         figure.colorbar(picture, ax=list(axes[3 * row : 3 * row + 3]), label=label, shrink=0.85, pad=0.015)
     if title:
@@ -282,11 +291,11 @@ def _note(axes: Axes, text: str, x: float, y: float) -> None:
     axes.annotate(text, (x, y), xycoords="axes fraction", ha="right", va="top", size=9, color="0.3")
 
 
-def _scale_bar(axes: Axes, box: int, apix: float) -> None:
+def _scale_bar(axes: Axes, box: int, apix: float, colour: str = "white") -> None:
     """A bar of a round length, about a quarter of the box."""
     quarter = 0.25 * box * apix
     unit = 10.0 ** math.floor(math.log10(quarter))
     length = max(n for n in (1, 2, 5) if n * unit <= quarter) * unit
     x, y = 0.05 * box, 0.06 * box
-    axes.plot([x, x + length / apix], [y, y], color="white", lw=2.5, solid_capstyle="butt")
-    axes.text(x, y + 0.03 * box, f"{length:g} Å", color="white", size=8, va="bottom")
+    axes.plot([x, x + length / apix], [y, y], color=colour, lw=2.5, solid_capstyle="butt")
+    axes.text(x, y + 0.03 * box, f"{length:g} Å", color=colour, size=8, va="bottom")

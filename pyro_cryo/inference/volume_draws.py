@@ -11,9 +11,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_cryo.inference.map_draws import BATCH, deviation
+from pyro_cryo.inference.reconstruct import add_up, half_sets
 from pyro_cryo.inference.run import Run
 from pyro_cryo.model import MapDraw
 from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.conjugate import VoxelPosterior, score_noise
+from pyro_cryo.volumes.prior import MapPrior
 
 
 def volume_draws(
@@ -44,6 +48,47 @@ def volume_draws(
         assert index is not None
         return _guided(run, draws, index, seed)
     return _solved(run, progress(islice(found, draws), draws, "draws", unit="draw"), index, z)
+
+
+def half_map_draws(
+    run: Run, draws: int, seed: int = 0, progress: Progress = quiet
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of half-maps (D, D, D) of a run's consensus as other noise would have given them: error bars of their FSC.
+
+    The map is drawn from its posterior, each half of the images shows it with noise of its own, and its half-map is
+    solved for as `reconstruct` does: a parametric bootstrap on the normal equations, after one pass over the images.
+    Of a symmetric map, whose noise has fewer independent coefficients, the pairs vary too little by the root of the
+    order of its group.
+    """
+    prior = getattr(run.model, "consensus_prior", None)
+    if prior is None:
+        raise ValueError(f"{type(run.model).__name__} solves for no consensus; half-maps are drawn of models that do")
+    return _half_maps(run, prior, draws, seed, progress)
+
+
+def _half_maps(
+    run: Run, prior: MapPrior, draws: int, seed: int, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor]]:
+    particles, generator = run.particles, torch.Generator().manual_seed(seed)
+    model: Any = run.model
+    symmetry, sigma = model.symmetry.to(run.device), model.sigma.detach()
+    sets = half_sets(particles, generator)
+    halves = add_up(particles, sets, sigma, symmetry, BATCH, run.device, progress)
+    whole = (halves[0] + halves[1]).posterior(prior.scale, prior.tau, order=len(symmetry))
+    mean = whole.mean(3e-3)
+    everywhere = torch.ones((particles.box,) * 3, device=run.device)
+    alone = [half.posterior(everywhere, order=len(symmetry)) for half in halves]
+    for _ in progress(range(draws), draws, "half-maps", unit="draw"):
+        volume = whole.to_map(mean) + deviation(whole, generator)
+        first, second = (_seen_again(half, volume, generator) for half in alone)
+        yield first.cpu(), second.cpu()
+
+
+def _seen_again(half: VoxelPosterior, volume: Tensor, generator: torch.Generator) -> Tensor:
+    """The posterior mean of a map (D, D, D) from the same views of `volume` with other noise."""
+    noise = score_noise(half.spectrum, generator) / half.order**0.5
+    again = half.stepped(volume, half.in_box(noise))
+    return half.to_map(again.mean(1e-2))
 
 
 def maps_have_posterior(run: Run) -> bool:
