@@ -159,8 +159,7 @@ def _solve(
         scale = density_envelope(first, mask)
     else:
         mask = mask.to(everywhere)
-        # of the masked map, and zero where the mask is: a soft edge that counted twice would expect too little there
-        scale = torch.where(mask > 0, density_envelope(mask * first, mask), 0.0)
+        scale = mask * density_envelope(mask * first, mask)
     posterior = whole.posterior(scale, order=order, like=plain)
     mean = posterior.mean(3e-2)
     tau = mackay_tau(posterior, mean)

@@ -290,6 +290,17 @@ def mackay_tau(posterior: VoxelPosterior, mean: Tensor) -> Tensor:
     return floor_tau(power / gamma, posterior.information())
 
 
+def settled(posterior: VoxelPosterior, steps: int, tolerance: float) -> tuple[VoxelPosterior, Tensor]:
+    """The posterior after so many steps of MacKay's fixed point for tau, and its mean e (b, b, b)."""
+    mean = posterior.mean(tolerance)
+    for _ in range(steps):
+        tau = mackay_tau(posterior, mean)
+        start = filter_shells(mean, posterior.tau / tau)
+        posterior = posterior.with_tau(tau)
+        mean = posterior.mean(tolerance, start=start)
+    return posterior, mean
+
+
 def floor_tau(variance: Tensor, information: Tensor) -> Tensor:
     """Standard deviations from variances by shell: DC as its neighbours, a floor where the images show no signal."""
     variance = variance.clone()
