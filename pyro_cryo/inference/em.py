@@ -81,6 +81,7 @@ class EM:
         total = passes * particles.n_batches(self.batch_size)
         self._ticks = iter(progress(range(total), total, title))
         self._posterior: list[VoxelPosterior] = []
+        self._white: Tensor | None = None  # e of the maps that a chain has come to
         bytes_kept = len(particles) * len(particles.half) * 12
         self._kept = list(self._read()) if bytes_kept <= KEPT_BYTES else None
 
@@ -122,14 +123,20 @@ class EM:
     def sweep(self, drawn: Callable[[Seen], Moments], generator: torch.Generator) -> None:
         """One pass with coefficients that are drawn, and a draw of the maps given these; noise and prior stay.
 
-        With coefficients from their posterior given the maps: a step of a Gibbs chain on maps and coefficients.
+        With coefficients from their posterior given the maps: a step of a Gibbs chain on maps and coefficients. The
+        first one does not draw maps but climbs to their mode.
         """
         maps = self.maps
         assert maps.tau is not None
         score, self.mean, _ = self._expect(drawn)
         posteriors = [self._of(c).with_tau(tau) for c, tau in enumerate(maps.tau)]
+        joint = JointPosterior.of(posteriors, self.mean.yy)
         ascent = torch.stack([fourier_grid_adjoint(one, maps.box) for one in score])
-        maps.values = JointPosterior.of(posteriors, self.mean.yy).drawn(maps.values, ascent, generator)
+        if self._white is None:
+            self._white = joint.climbed(maps.values, ascent)
+        else:
+            self._white = joint.drawn(self._white, ascent, generator)
+        maps.values = joint.to_maps(self._white)
 
     def close(self) -> None:
         """End the progress bar, where no further pass is needed."""

@@ -4,7 +4,7 @@ Image i shows sum_c y_ic V_c, so that maps V_c = scale_c T_c e_c have the precis
 are coupled. Coefficients do not know of poses, and so that is nearly Y (x) A^H W A with Y = <y y'>, for which one kernel
 serves all pairs of maps. A draw takes it for the precision M of a step, never for what the images say:
 
-    e' = M^-1 (M e + g + n),   g the gradient of the log posterior at e, n ~ Normal(0, M),
+    e' = e + M^-1 (g + n),   g the gradient of the log posterior at e, n ~ Normal(0, M),
 
 whose draws, y being fixed, have the exact mean H^-1 b and, with M = H (1 + d), the covariance H^-1 (1 + O(d^2)) where d
 averages to 0 (H is the exact precision, 1 / d^2 about how many images a Fourier voxel is seen by). A matrix splitting
@@ -56,15 +56,24 @@ class JointPosterior:
         tau = torch.stack([shell_values(p.tau, p.box) for p in posteriors])
         return JointPosterior(yy, first.spectrum, first.seen, scale, tau, first.order)
 
-    def drawn(self, volumes: Tensor, score: Tensor, generator: torch.Generator, tolerance: float = 3e-2) -> Tensor:
-        """Maps (C, D, D, D) a step on from `volumes`, where the gradient of the images' log likelihood is `score`."""
-        told = self._mixed(convolve(self.spectrum, volumes)) + score
-        noise = torch.stack([score_noise(self.spectrum, generator) for _ in volumes])
+    def drawn(self, e: Tensor, score: Tensor, generator: torch.Generator, tolerance: float = 3e-2) -> Tensor:
+        """e (C, D, D, D) a step on from e, at whose maps the gradient of the images' log likelihood is `score`.
+
+        What is solved for is the step, as small as a draw is from the next: so `tolerance` is one of the posterior sd.
+        """
+        noise = torch.stack([score_noise(self.spectrum, generator) for _ in e])
         root = torch.linalg.cholesky(self.yy + 1e-6 * torch.eye(len(self.yy), device=self.yy.device))
-        prior = torch.randn(volumes.shape, generator=generator).to(volumes)
-        mean = self._solve(self._whiten(told), tolerance)
-        deviation = self._solve(self._whiten(torch.einsum("cd,dzyx->czyx", root, noise)) + prior, tolerance)
-        return self.scale * multiply_spectrum(mean + deviation / self.order**0.5, self.tau)
+        prior = torch.randn(e.shape, generator=generator).to(e)
+        random = self._whiten(torch.einsum("cd,dzyx->czyx", root, noise)) + prior
+        return e + self._solve(self._whiten(score) - e + random / self.order**0.5, tolerance)
+
+    def climbed(self, volumes: Tensor, score: Tensor, tolerance: float = 1e-2) -> Tensor:
+        """e (C, D, D, D) a Newton step from maps (C, D, D, D) with this score: where a chain starts."""
+        return self._solve(self._whiten(self._mixed(convolve(self.spectrum, volumes)) + score), tolerance)
+
+    def to_maps(self, e: Tensor) -> Tensor:
+        """V_c = scale_c T_c e_c: (C, D, D, D)."""
+        return self.scale * multiply_spectrum(e, self.tau)
 
     def _mixed(self, values: Tensor) -> Tensor:
         return torch.einsum("cd,dzyx->czyx", self.yy, values)
