@@ -40,7 +40,6 @@ from pyro_cryo.volumes.conjugate import noise_sd
 Density = Callable[[Tensor, Tensor | None], Tensor]
 
 
-
 class MapDraw(Protocol):
     """What may be true: the maps, and the z of every particle in them."""
 

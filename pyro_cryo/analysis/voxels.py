@@ -48,7 +48,7 @@ class VoxelDifference:
 
     @property
     def sign(self) -> Tensor:
-        """How sure the sign of the difference is, two-sided: |2 P - 1|, 0 where nothing is known, 1 where it is sure."""
+        """How sure the sign of the difference is, two-sided: |2 P - 1|, from 0, nothing known, to 1."""
         return (2 * self.probability - 1).abs()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -20,7 +21,6 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Seen
 from pyro_cryo.inference.em import EM, Maps
 from pyro_cryo.inference.family import with_band
-from pyro_cryo.physics.fourier import resize
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, settled
 from pyro_cryo.volumes.prior import MapPrior
@@ -89,7 +89,7 @@ def still_draws(
     for batch in progress(batches, particles.n_batches(BATCH), "posterior"):
         equations.add(batch, sigma, symmetry)
     posterior = still_posterior(equations, prior, len(symmetry))
-    mean = posterior.to_map(posterior.mean(3e-3))
+    mean = posterior.to_map(posterior.mean(1e-3))
     while True:
         yield StillDraw(mean + deviation(posterior, generator))
 
@@ -183,7 +183,7 @@ class _Chain:
 
     def _drawn(self, said: Seen) -> Moments:
         moments = self.coefficients.moments(said)
-        nodes = poutine.trace(self.coefficients.sample).get_trace(said).nodes
+        nodes: Any = poutine.trace(self.coefficients.sample).get_trace(said).nodes
         z = nodes["z"]["value"]
         a = nodes["contrast"]["value"] if "contrast" in nodes else torch.ones_like(moments.a)
         self._z.append(z)

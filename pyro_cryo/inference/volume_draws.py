@@ -50,9 +50,7 @@ def volume_draws(
     return _solved(run, progress(islice(found, draws), draws, "draws", unit="draw"), index, z)
 
 
-def half_map_draws(
-    run: Run, draws: int, seed: int = 0, progress: Progress = quiet
-) -> Iterator[tuple[Tensor, Tensor]]:
+def half_map_draws(run: Run, draws: int, seed: int = 0, progress: Progress = quiet) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of half-maps (D, D, D) of a run's consensus as other noise would have given them: error bars of their FSC.
 
     The map is drawn from its posterior, each half of the images shows it with noise of its own, and its half-map is
@@ -66,9 +64,7 @@ def half_map_draws(
     return _half_maps(run, prior, draws, seed, progress)
 
 
-def _half_maps(
-    run: Run, prior: MapPrior, draws: int, seed: int, progress: Progress
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _half_maps(run: Run, prior: MapPrior, draws: int, seed: int, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
     particles, generator = run.particles, torch.Generator().manual_seed(seed)
     model: Any = run.model
     symmetry, sigma = model.symmetry.to(run.device), model.sigma.detach()

@@ -1,14 +1,14 @@
 """The posterior of several voxel maps together, whose combinations images show.
 
 Image i shows sum_c y_ic V_c, so that maps V_c = scale_c T_c e_c have the precision sum_i y_i y_i' (x) A_i^H W A_i: they
-are coupled. Coefficients do not know of poses, and so that is nearly Y (x) A^H W A with Y = <y y'>, for which one kernel
-serves all pairs of maps. A draw takes it for the precision M of a step, never for what the images say:
+are coupled. Coefficients do not know of poses, and so that is nearly Y (x) A^H W A with Y = <y y'>, for which one
+kernel serves all pairs of maps. A draw takes it for the precision M of a step, never for what the images say:
 
-    e' = e + M^-1 (g + n),   g the gradient of the log posterior at e, n ~ Normal(0, M),
+    e' = e + M^-1 (g + n),   g the gradient of the log posterior at e, n ~ Normal(0, M).
 
-whose draws, y being fixed, have the exact mean H^-1 b and, with M = H (1 + d), the covariance H^-1 (1 + O(d^2)) where d
-averages to 0 (H is the exact precision, 1 / d^2 about how many images a Fourier voxel is seen by). A matrix splitting
-as in Hogwild Gibbs sampling: Johnson, Saunderson and Willsky (NIPS 2013).
+While y stays, draws have the exact mean and, with M = H (1 + d), H the exact precision, the covariance H^-1 / (1 - d):
+right to second order in d, whose mean is 0 and whose square is about one over the images that see a Fourier voxel. A
+matrix splitting as in Hogwild Gibbs sampling (Johnson, Saunderson and Willsky, NIPS 2013); it converges for H < 2 M.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pyro_cryo.physics.slices import add_to_grid, fourier_grid, fourier_grid_adj
 from pyro_cryo.volumes.conjugate import NormalEquations
 from pyro_cryo.volumes.joint import JointPosterior
 
-BOX, IMAGES, SIGMA = 8, 800, 2.5
+BOX, IMAGES, SIGMA = 8, 500, 2.0
 SCALE = torch.stack([soft_disc(BOX, 2, 2, dims=3), soft_disc(BOX, 1, 2, dims=3)]).clamp_min(0.05)
 TAU = torch.tensor([[2.0, 2.0, 1.5, 1.0, 0.5], [1.0, 1.0, 0.8, 0.6, 0.3]])
 
@@ -78,7 +78,7 @@ def test_a_chain_of_draws_has_the_mean_and_covariance_of_the_dense_posterior(cas
     generator, draws = seeded(1), []
     maps = torch.zeros(2, BOX, BOX, BOX)
     e = case.posterior.climbed(maps, case.score(maps))
-    for step in range(155):
+    for step in range(125):
         maps = case.posterior.to_maps(e)
         e = case.posterior.drawn(e, case.score(maps), generator)
         if step >= 5:
