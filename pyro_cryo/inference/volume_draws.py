@@ -24,7 +24,7 @@ def volume_draws(
     run: Run,
     draws: int,
     *,
-    index: int | Sequence[int] | None = None,
+    index: int | Sequence[int] | np.ndarray | None = None,
     z: Tensor | np.ndarray | None = None,
     seed: int = 0,
     progress: Progress = quiet,
@@ -36,7 +36,7 @@ def volume_draws(
     Neither for a model without z.
 
     Noise, prior and poses are taken for known. Of one map draws are independent; of a family they are a chain, each
-    after a pass over the images, and near ones are alike. A network's map has no posterior: its draws differ by z
+    after a pass over the images. A network's map has no posterior: its draws differ by z
     alone (`maps_have_posterior`), so that a given z leaves nothing to draw. Nothing of a map is local but what prior,
     z and images make so: with mask "none" the sd of a homogeneous map is nearly the same at every voxel.
 
@@ -93,35 +93,42 @@ def maps_have_posterior(run: Run) -> bool:
 
 
 def _solved(
-    run: Run, found: Iterator[MapDraw], index: int | Sequence[int] | None, z: Tensor | np.ndarray | None
+    run: Run, found: Iterator[MapDraw], index: int | Sequence[int] | np.ndarray | None, z: Tensor | np.ndarray | None
 ) -> Iterator[Tensor]:
     """The maps of some particles or z in each draw."""
-    points = None if z is None else torch.as_tensor(z, dtype=torch.float32, device=run.device)
+    if z is None:
+        numbers, one = [0] if index is None else _numbers(index), index is None or np.ndim(index) == 0
+        for draw in found:
+            maps = torch.stack([draw.of(i) for i in numbers]).cpu()
+            yield maps[0] if one else maps
+        return
+    points = torch.as_tensor(z, dtype=torch.float32, device=run.device)
     for draw in found:
-        if points is None:
-            maps = torch.stack([draw.of(i) for i in index]) if isinstance(index, Sequence) else draw.of(index or 0)
-        else:
-            maps = draw.at(points) if points.ndim == 1 else torch.stack([draw.at(one) for one in points])
-        yield maps.cpu()
+        maps = torch.stack([draw.at(point) for point in points.reshape(-1, points.shape[-1])]).cpu()
+        yield maps[0] if points.ndim == 1 else maps
 
 
-def _guided(run: Run, draws: int, index: int | Sequence[int], seed: int) -> Iterator[Tensor]:
+def _guided(run: Run, draws: int, index: int | Sequence[int] | np.ndarray, seed: int) -> Iterator[Tensor]:
     """The model's maps at z drawn from the guide."""
-    each = [index] if isinstance(index, int) else list(index)
     devices = [run.device] if run.device.type == "cuda" else []
-    batches = [run.particles.batch(run.particles.images_of(torch.tensor([i])), run.device) for i in each]
+    batches = [run.particles.batch(run.particles.images_of(torch.tensor([i])), run.device) for i in _numbers(index)]
     guide: Any = run.guide
-    with torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         drawn = [
             torch.cat([poutine.trace(guide).get_trace(batch).nodes["z"]["value"] for batch in batches])
             for _ in range(draws)
         ]
     for points in drawn:
-        yield run.volume(points[0] if isinstance(index, int) else points)
+        yield run.volume(points[0] if np.ndim(index) == 0 else points)
 
 
-def _check(run: Run, draws: int, index: int | Sequence[int] | None, z: Tensor | np.ndarray | None) -> None:
+def _numbers(index: int | Sequence[int] | np.ndarray) -> list[int]:
+    """One particle, or some, as a list."""
+    return [int(i) for i in np.atleast_1d(np.asarray(index))]
+
+
+def _check(run: Run, draws: int, index: int | Sequence[int] | np.ndarray | None, z: Tensor | np.ndarray | None) -> None:
     name, zdim = type(run.model).__name__, run.model.zdim
     if draws < 2:
         raise ValueError(f"{draws} draws; give 2 or more, of fewer there is no spread")
@@ -138,6 +145,7 @@ def _check(run: Run, draws: int, index: int | Sequence[int] | None, z: Tensor | 
             raise ValueError(f"the maps of {name} have no posterior of their own and z is given; give index instead")
         return
     count = run.particles.n_particles
-    for i in index if isinstance(index, Sequence) else [index]:
-        if i is None or not 0 <= i < count:
+    assert index is not None
+    for i in _numbers(index):
+        if not 0 <= i < count:
             raise ValueError(f"particle {i} is not there; the run has particles 0 to {count - 1}")

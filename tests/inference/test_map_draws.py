@@ -21,12 +21,14 @@ from pyro_cryo.distributions.volume import filter_shells
 from pyro_cryo.guides.coefficients import LinearCoefficients
 from pyro_cryo.guides.points import ClassesCoefficients
 from pyro_cryo.inference.em import Maps
+from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.map_draws import SETTLING, family_draws, still_draws, still_posterior, turn_of
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.volume_draws import half_map_draws, maps_have_posterior, volume_draws
 from pyro_cryo.model import CryoModel
 from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.homogeneous import Homogeneous
+from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.fourier import soft_disc
 from pyro_cryo.physics.slices import convolve
 from pyro_cryo.volumes.conjugate import NormalEquations
@@ -219,3 +221,17 @@ def test_one_map_has_no_z_to_ask_for() -> None:
     with pytest.raises(ValueError, match="no z"):
         volume_draws(Run(model, lambda: None), 5, index=0)  # type: ignore[arg-type, return-value]
     assert CryoDRGN(16, zdim=2).posterior_draws(None) is None  # type: ignore[arg-type]
+
+
+def test_a_saved_family_is_drawn_at_particles_and_at_z(toy: Path, tmp_path: Path) -> None:
+    """One or several, by number or z; draws of what a fit has at a z lie about its map as far as they spread."""
+    fit(LinearSubspace(16, zdim=2, contrast=0.0), Particles.open(toy, box=16), tmp_path / "run")
+    run = Run.load(tmp_path / "run")
+    pair = torch.stack(list(volume_draws(run, 4, index=np.array([3, 9]))))
+    torch.testing.assert_close(torch.stack(list(volume_draws(run, 4, index=9))), pair[:, 1])
+    z = run.latent.z[9]
+    at = torch.stack(list(volume_draws(run, 4, z=z)))
+    torch.testing.assert_close(torch.stack(list(volume_draws(run, 4, z=z[None]))), at[:, None])
+    own = run.volume(z)
+    assert float((at.mean(0) - own).norm() / own.norm()) < 0.15
+    assert float((at.mean(0) - own).square().sum() / at.var(0).sum()) < 2.5  # a mode of a few passes is not the mean
