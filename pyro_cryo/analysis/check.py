@@ -55,7 +55,7 @@ def check(
     """What can be asked of a run, answered from its own particles.
 
     particles: at most so many are weighed, and as many simulated; images and poses are looked at ten times as many
-    halves:    also fit two halves of the particles anew, and see whether the motion comes back: takes as long as the fit
+    halves:    also fit two halves of the particles anew, and see whether the motion comes back: as long as the fit
     """
     some, many = (spread(run.particles, count) for count in (particles, 10 * particles))
     questions = [lambda: _converged(run), lambda: _noise(run, many, seed), lambda: _images(run, many, seed)]
@@ -108,10 +108,10 @@ def _noise(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     yield Answer(
         "Is what the model leaves of the images noise, as strong as it says?",
         LOOK if bad else SOUND,
-        f"Of {len(particles):,} images the residual's power is at most {100 * worst:.1f}% off the noise's in any shell.",
-        "The power of the residual over that of the noise is 1 where the model is right. Above 1 in some shells, the maps "
-        "or the poses lack something there; below, the noise is taken for too strong, and posteriors are too wide.",
-        plots.residual_spectrum(found, run.apix),
+        f"Of {len(particles):,} images the residual's power is at most {100 * worst:.1f}% off the noise's in a shell.",
+        "The power of the residual over that of the noise is 1 where the model is right. Above 1 in some shells, maps "
+        "or poses lack something there; below, the noise is taken for too strong, and posteriors are too wide.",
+        check_plots.residual_spectrum(found, run.apix),
     )
 
 
@@ -124,9 +124,10 @@ def _images(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
         "Are there images that the model cannot explain?",
         LOOK if share > JUNK else SOUND,
         f"{len(junk):,} of {len(found.index):,} images fit worse than the model's own would{named}.",
-        "Both histograms should follow the curve. Images far to the right of the first have more noise than others; far to "
-        "the left of the second show no particle, or another. Leave them out (--subset), or fit robust_noise.",
-        plots.image_misfit(found),
+        "Both histograms should follow the curve. Images far to the right of the first have more noise than others; "
+        "those far to the left of the second show no particle, or another. Leave them out (--subset), or fit "
+        "robust_noise.",
+        check_plots.image_misfit(found),
     )
 
 
@@ -148,8 +149,8 @@ def _weights(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
         SOUND if bad < 0.05 else LOOK if bad < 0.5 else BAD,
         said,
         "k is the tail of the weights p / q. Below 0.5 draws can be taken as they are, below 0.7 with their weights "
-        "(posterior --corrected); above, the guide misses a part of the posterior of that particle, and its uncertainty "
-        "is not to be trusted: try --semi-amortised.",
+        "(posterior --corrected); above, the guide misses a part of that particle's posterior, and its uncertainty is "
+        "not to be trusted: try --semi-amortised.",
         None if exact == 1 else check_plots.pareto_k(k),
     )
 
@@ -163,8 +164,8 @@ def _known(run: Run) -> Iterator[Answer]:
         "How much do the images tell of z?",
         SOUND if share > 0.5 else LOOK,
         f"Between particles lie {100 * share:.0f}% of the variance of z; the rest is what one does not know of each.",
-        "A dot is a particle's posterior mean, an ellipse holds 90% of its posterior. Where ellipses are as large as the "
-        "cloud, single particles say little, and clusters of means are no states.",
+        "A dot is a particle's posterior mean, an ellipse holds 90% of its posterior. Where ellipses are as large as "
+        "the cloud, single particles say little, and clusters of means are no states.",
         check_plots.latent_uncertainty(latent.z, latent.z_cov) if latent.z.shape[1] > 1 else None,
     )
 
@@ -180,12 +181,12 @@ def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     yield Answer(
         "Are posteriors of z as wide as they should be?",
         SOUND if p_value * tests > 0.01 or abs(sure - 0.9) < 0.05 else LOOK if sure > 0.8 else BAD,
-        f"Of {len(z.ranks)} particles that the fitted model made itself {100 * interval:.0f}% of coordinates lie in their "
-        f"90% intervals and {100 * region:.0f}% of particles in their 90% regions; posteriors are "
+        f"Of {len(z.ranks)} particles that the fitted model made itself {100 * interval:.0f}% of coordinates lie in "
+        f"their 90% intervals and {100 * region:.0f}% of particles in their 90% regions; posteriors are "
         f"{float(z.sharpness.mean()):.2f} as wide as the population.",
-        "Lines should stay in the band. Above it at the left and below it at the right, posteriors are too narrow: what "
-        "looks like two states may be one. A posterior as wide as the population knows nothing.",
-        plots.rank_deviation(found),
+        "Lines should stay in the band. Above it at the left and below it at the right, posteriors are too narrow: "
+        "what looks like two states may be one. A posterior as wide as the population knows nothing.",
+        check_plots.rank_deviation(found),
     )
 
 
@@ -200,10 +201,10 @@ def _associated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
         "Does z know the pose? It should not.",
         SOUND if found.p_value > 0.05 else LOOK if found.share < 0.02 and found.largest < 0.05 else BAD,
         f"p = {found.p_value:.3f} for {found.particles:,} particles; the pose explains {100 * found.share:.1f}% of the "
-        f"variance of z" + ("." if found.p_value > 0.05 else f", most by the {found.part}."),
-        "A draw of z from each particle's posterior is independent of its pose where the motion is real. Where it is not, "
-        "z explains errors of the poses or of the mask, or the preferred views hide a part: refine the poses, widen the "
-        "mask, and see whether the motion stays.",
+        "variance of z" + ("." if found.p_value > 0.05 else f", most by the {found.part}."),
+        "A draw of z from each particle's posterior is independent of its pose where the motion is real. Where it is "
+        "not, z explains errors of the poses or of the mask: refine the poses, widen the mask, and see whether the "
+        "motion stays.",
     )
 
 
@@ -215,7 +216,7 @@ def _reproduced(run: Run, seed: int) -> Iterator[Answer]:
         SOUND if r2 > 0.5 and np.isfinite(found.resolution_angstrom) else BAD,
         f"z of one half tells {100 * r2:.0f}% of the other's; both show the same motion to "
         f"{found.resolution_angstrom:.1f} A.",
-        "The FSC of the motion alone, between maps of both halves at the same shapes, less each half's mean. The grey line "
-        "is what shapes matched at random would give.",
-        plots.motion_fsc(found),
+        "The FSC of the motion alone, between maps of both halves at the same shapes, less each half's mean. The "
+        "dotted line is what shapes matched at random would give.",
+        check_plots.motion_fsc(found),
     )

@@ -189,7 +189,7 @@ class Run:
         return Latent(np.arange(particles.n_particles), z, z_cov)
 
     def some(self, index: Sequence[int]) -> Particles:
-        """Those of the run's particles with these numbers, each with all its images. ValueError where one is not there."""
+        """The run's particles of these numbers, each with all its images. ValueError where one is not there."""
         numbers, count = torch.as_tensor(index, dtype=torch.long).flatten(), self.particles.n_particles
         outside = numbers[(numbers < 0) | (numbers >= count)]
         if len(outside) or not len(numbers):
