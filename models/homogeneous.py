@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyro
@@ -12,6 +13,7 @@ from pyro_cryo.analysis.report import write_reconstruction
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import ShellNormal
+from pyro_cryo.inference.map_draws import StillDraw, still_draws
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
 from pyro_cryo.model import CryoModel, Density, refuse_other_stories
 from pyro_cryo.physics.rotations import point_group
@@ -19,6 +21,7 @@ from pyro_cryo.physics.slices import fourier_grid, read_grid
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.grid import VoxelGrid
 from pyro_cryo.volumes.mask import chosen_mask
+from pyro_cryo.volumes.prior import MapPrior
 
 
 class Homogeneous(CryoModel):
@@ -71,6 +74,17 @@ class Homogeneous(CryoModel):
         self.u_sd.copy_(found.coefficient_sd)
         self.log_sigma.data.copy_(found.sigma.log())
         self.reconstruction = found
+
+    def posterior_draws(
+        self, particles: Particles, seed: int = 0, progress: Progress = quiet
+    ) -> Iterator[StillDraw] | None:
+        symmetry = self.symmetry.to(self.tau.device)
+        return still_draws(particles, self.sigma.detach(), self.consensus_prior, symmetry, seed, progress)
+
+    @property
+    def consensus_prior(self) -> MapPrior:
+        """scale and tau."""
+        return MapPrior.of(self.scale, self.tau)
 
     def write_results(self, folder: Path, particles: Particles) -> None:
         """map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyro
@@ -14,7 +15,9 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients
 from pyro_cryo.guides.exact import ExactGuide
+from pyro_cryo.inference.em import Maps
 from pyro_cryo.inference.family import Family, FamilySolver, motion_side, with_band
+from pyro_cryo.inference.map_draws import FamilyDraw, family_draws
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
 from pyro_cryo.model import CryoModel, Density, form_image, refuse_other_stories
 from pyro_cryo.physics.rotations import point_group
@@ -23,6 +26,7 @@ from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.basis import VoxelBasis
 from pyro_cryo.volumes.grid import VoxelGrid
 from pyro_cryo.volumes.mask import chosen_mask, read_mask
+from pyro_cryo.volumes.prior import MapPrior
 
 
 class LinearSubspace(CryoModel):
@@ -62,6 +66,7 @@ class LinearSubspace(CryoModel):
         self.contrast, self.kmax, self.mask, self.focus = contrast, kmax, mask, focus
         self.consensus = VoxelGrid(box)
         self.volume = VoxelBasis(box, 1 + zdim)
+        self.prior, self.consensus_prior = MapPrior(), MapPrior()
         self.coefficients: Coefficients = LinearCoefficients(contrast)
         self.register_buffer("symmetry", point_group(symmetry), persistent=False)
         self.reconstruction: Reconstruction | None = None
@@ -114,6 +119,8 @@ class LinearSubspace(CryoModel):
         self.volume.set(family.maps)
         self.coefficients, self.zdim = family.coefficients, family.zdim
         self.log_sigma.data.copy_(family.sigma.log())
+        assert family.prior is not None
+        self.prior, self.consensus_prior = family.prior, MapPrior.of(found.scale, found.tau)
         self.reconstruction = found
 
     def solve(self, solver: FamilySolver, side: int) -> Family:
@@ -129,6 +136,14 @@ class LinearSubspace(CryoModel):
         y = self.coefficients.at(z)
         y = torch.cat([y[..., :1] - 1, y[..., 1:]], -1)  # the first map is a part of the consensus
         return self.consensus.map(z) + self.volume.map(y)
+
+    def posterior_draws(
+        self, particles: Particles, seed: int = 0, progress: Progress = quiet
+    ) -> Iterator[FamilyDraw] | None:
+        if not len(self.prior.tau):
+            raise ValueError(f"the maps of this {type(self).__name__} are not fitted yet; let the fit finish first")
+        maps = Maps(self.volume.components, self.prior.scale, self.sigma.detach(), self.prior.tau)
+        return family_draws(particles, maps, self.coefficients, self.consensus_prior, self.symmetry, seed, progress)
 
     def write_results(self, folder: Path, particles: Particles) -> None:
         """Of the consensus: map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv)."""

@@ -10,6 +10,7 @@ class UncertainPose(Homogeneous):
     """V ~ shells; R_i = exp(v_i) R0_i, v_i ~ Normal(0, turn_sd); t_i ~ Normal(t0_i, shift_sd); R0_i, t0_i of the table.
 
     turn_sd_deg, shift_sd_px: the spreads to begin with, then learned; pixels of the model's box
+    defocus_sd_angstrom: above 0, that of each image's defocus about the table's, which is then refined too
 
     Any other model takes these poses by `model.poses = PoseAbout(...)`, or by `--poses refine`.
     """
@@ -21,9 +22,10 @@ class UncertainPose(Homogeneous):
         box: int,
         turn_sd_deg: float = 5.0,
         shift_sd_px: float = 2.0,
+        defocus_sd_angstrom: float = 0.0,
         symmetry: str = "C1",
         mask: str = "auto",
         noise_groups: int = 1,
     ) -> None:
         super().__init__(box, symmetry, mask, noise_groups)
-        self.poses = PoseAbout(turn_sd_deg, shift_sd_px)
+        self.poses = PoseAbout(turn_sd_deg, shift_sd_px, defocus_sd_angstrom)

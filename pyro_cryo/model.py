@@ -17,9 +17,9 @@ A variant overrides a hook; whatever it samples goes under the names `z`, `rotat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -38,6 +38,17 @@ from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import component_sd
 
 Density = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class MapDraw(Protocol):
+    """What may be true: the maps, and the z of every particle in them."""
+
+    def of(self, particle: int) -> Tensor:
+        """The map (D, D, D) of a particle."""
+
+    def at(self, z: Tensor) -> Tensor:
+        """The map (D, D, D) of what the fitted model has at z (zdim,)."""
+
 
 pyro.settings.set(module_local_params=True)
 
@@ -132,6 +143,15 @@ class CryoModel(nn.Module):
 
     def write_results(self, folder: Path, particles: Particles) -> None:
         """Write what this model leaves in a finished run, beside the latents and the particles."""
+
+    def posterior_draws(
+        self, particles: Particles, seed: int = 0, progress: Progress = quiet
+    ) -> Iterator[MapDraw] | None:
+        """Draws without end of the map and of all particles' z, from their posterior given the particles.
+
+        None where the map has no posterior: a network's is a point.
+        """
+        return None
 
     def map(self, z: Tensor | None = None) -> Tensor:
         """Maps in real space at z (*batch, zdim): (*batch, D, D, D), z-y-x."""

@@ -9,6 +9,12 @@ rotation, that of its first view; the others are turned from it as the table say
 shift of its own. A spread of shifts is in pixels of the model's box; the site `translation`, as
 a batch's translations, is in pixels of the image's own field of view: freq_scale times as many.
 
+How high a particle lies along the beam shows as defocus. Where PoseAbout has a spread of it, that of image i is
+
+    d_i ~ Normal(0, defocus_sd^2)
+
+more than the table's, refined beside the poses (`guides.defocus`). It is no site: a model takes its mean as known.
+
     model = CryoDRGN(particles.box, zdim=4)
     model.poses = PoseAbout(turn_sd_deg=3.0, shift_sd_px=1.0)
     run = fit(model, particles)  # finds the poses' posteriors first
@@ -44,19 +50,26 @@ class PoseAbout(nn.Module):
 
     turn_sd_deg: standard deviation of a turn about each axis; the buffer turn_sd () is in radians
     shift_sd_px: standard deviation of a shift along each axis, pixels of the model's box; the buffer shift_sd ()
+    defocus_sd_angstrom: standard deviation of an image's defocus about the table's, 0 where that is known; the buffer
+                 defocus_sd ()
     """
 
     turn_sd: Tensor
     shift_sd: Tensor
+    defocus_sd: Tensor
 
-    def __init__(self, turn_sd_deg: float = 5.0, shift_sd_px: float = 2.0) -> None:
+    def __init__(self, turn_sd_deg: float = 5.0, shift_sd_px: float = 2.0, defocus_sd_angstrom: float = 0.0) -> None:
         super().__init__()
         if not 0 < turn_sd_deg < math.inf:
             raise ValueError(f"turn_sd_deg is {turn_sd_deg}; expected a positive number of degrees, or use AnyPose")
         _check_shift(shift_sd_px)
+        if not 0 <= defocus_sd_angstrom < math.inf:
+            raise ValueError(f"defocus_sd_angstrom is {defocus_sd_angstrom}; expected angstrom, or 0 where it is known")
         self.arguments = {"turn_sd_deg": turn_sd_deg, "shift_sd_px": shift_sd_px}
+        self.arguments["defocus_sd_angstrom"] = defocus_sd_angstrom
         self.register_buffer("turn_sd", torch.tensor(math.radians(turn_sd_deg)))
         self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
+        self.register_buffer("defocus_sd", torch.tensor(float(defocus_sd_angstrom)))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sample `rotation` (n, 3, 3), of the particles, and `translation` (B, 2); give those of the images."""

@@ -60,6 +60,15 @@ def hinge_images(folder: Path, states: int, count: int, box: int, snr: float, fi
     return Particles.open(simulate(source, folder, n_images=count, box=box, apix=apix, snr=snr))
 
 
+def fine_images(folder: Path, count: int, box: int, snr: float) -> Particles:
+    """Images of a molecule so small, in pixels of 2.2 angstrom, that defocus shows in them."""
+    source, apix = hinge(1), 2.2
+    shrunk = 0.5 * 0.65 * box * apix / source.radius_angstrom
+    source = dataclasses.replace(source, xyz=shrunk * source.xyz, sigma_angstrom=0.8 * apix)
+    optics = {"apix": apix, "defocus_angstrom": (2_500.0, 4_500.0)}
+    return Particles.open(simulate(source, folder, n_images=count, box=box, snr=snr, **optics))
+
+
 def in_views(particles: Particles, state: Tensor, views: int = 2) -> tuple[Particles, Tensor]:
     """The images with `views` of one state (N,) for those of one particle, and the state of each particle (n,)."""
     order = state.argsort(stable=True)

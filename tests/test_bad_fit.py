@@ -136,6 +136,21 @@ SETTINGS: dict[str, tuple[Kind, str]] = {
         "turn_sd_deg is 2, but poses are search; leave --turn-sd-deg out",
     ),
     "turns of no spread": (lambda d: d.fit("--poses", "refine", "--turn-sd-deg", 0), "turn_sd_deg is 0"),
+    "a spread of defocus that is known": (
+        lambda d: d.fit("--defocus-sd-angstrom", 200),
+        "defocus_sd_angstrom is 200, but poses are known; leave --defocus-sd-angstrom out, or give --poses refine",
+    ),
+    "defocus of a negative spread": (
+        lambda d: d.fit("--poses", "refine", "--defocus-sd-angstrom", -1),
+        "defocus_sd_angstrom is -1",
+    ),
+    "defocus of images that have their CTF": (
+        lambda d: d.fit(
+            *("--poses", "refine", "--defocus-sd-angstrom", 200),
+            star=d.edit(optics=lambda t: t.assign(rlnCtfDataAreCtfPremultiplied=1)),
+        ),
+        "were multiplied by their CTF, whose defocus then stays",
+    ),
     "shifts of a negative spread": (lambda d: d.fit("--poses", "search", "--shift-sd-px", -1), "shift_sd_px is -1"),
     "poses of another kind": (lambda d: d.fit("--poses", "guess"), "guess"),
     "negative epochs": (lambda d: d.fit("--epochs", -1), "epochs is -1"),

@@ -74,13 +74,17 @@ def test_fit_homogeneous_leaves_maps_and_their_record(toy: Path, homogeneous_run
     assert state["finished"] is True
 
 
-def test_fit_refines_poses_and_goes_on_from_its_table(toy: Path, tmp_path: Path, command: Command) -> None:
+def test_fit_refines_poses_and_goes_on_from_its_table(
+    toy: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = ("fit", toy, "--first", 150, "--box", 16, "--poses", "refine", "--turn-sd-deg", 2, "--shift-sd-px", 0.5)
+    asked = (*asked, "--defocus-sd-angstrom", 300)
     out = tmp_path / "run"
     assert command(*options(*asked, "-o", out, "--model", "homogeneous")) == 0
+    assert "defocus off by" in capsys.readouterr().out
     record = json.loads((out / "run.json").read_text())
     assert record["poses"]["class"] == "PoseAbout"
-    assert record["poses"]["arguments"] == {"turn_sd_deg": 2.0, "shift_sd_px": 0.5}
+    assert record["poses"]["arguments"] == {"turn_sd_deg": 2.0, "shift_sd_px": 0.5, "defocus_sd_angstrom": 300.0}
     refined = Particles.open(out / "particles.star")
     before = Particles.open(toy, first=150)
     turned = (refined.rotation @ before.rotation.mT).diagonal(dim1=1, dim2=2).sum(1)

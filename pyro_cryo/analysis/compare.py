@@ -35,7 +35,7 @@ STILL = 3.0  # times the last rise, that log p may yet rise: with k at most 0.7 
 class Comparison:
     """Fits beside each other on n particles that none of them was fitted to.
 
-    table:    ArviZ's of `az.compare`, the best first; p, the effective number of parameters, is NaN: nothing was left out
+    table:    ArviZ's of `az.compare`, the best first; p, the effective number of parameters, is NaN
     found:    by name, log_p (n,) in nats, pareto_k (n,) and rise (n,) of each particle
     winner:   the name of what is clearly better than each other; None where nothing is
     sentence: the same in words, and where nothing is clear, why
@@ -78,7 +78,7 @@ def compare(
     tenth of the particles. By chance that is one in 700 of fits that predict alike. Refitted to other particles their
     difference varies as well, which a standard error does not say: for that 3, not 2.
 
-    Raises ValueError, with the difference named, where runs were not fitted to images seen alike and as `particles` are;
+    Raises ValueError, with the difference named, where images were not seen alike by the runs and as `particles` are;
     where some of these were fitted, and where a run would have to find their poses.
 
     Source: Vehtari, Gelman and Gabry, Statistics and Computing 27 (2017), section 5; Sivula, Magnusson, Matamoros and
@@ -118,7 +118,7 @@ def check_comparable(runs: Mapping[str, Run], particles: Particles) -> None:
         fitted = int((~unseen({name: run}, particles)).sum())
         if fitted:
             raise ValueError(
-                f"{fitted} of {len(particles)} images were fitted by {name}, which would favour what overfits; hold some "
+                f"{fitted} of {len(particles)} images were fitted by {name}, which favours what overfits; hold some "
                 "out: fit to a part (--subset, --first, particles[:n]), compare on the rest (--unseen, particles[n:])"
             )
     for name, run in runs.items():

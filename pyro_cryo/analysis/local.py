@@ -34,7 +34,7 @@ from pyro_cryo.inference.reconstruct import Halves, half_sets, left_of
 from pyro_cryo.inference.run import Latent, Run
 from pyro_cryo.physics.slices import fourier_grid
 from pyro_cryo.progress import Progress, quiet
-from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
+from pyro_cryo.volumes.conjugate import NormalEquations, settled
 from pyro_cryo.volumes.mask import density_envelope, find_mask
 
 BANDWIDTHS = 6
@@ -241,13 +241,7 @@ def residual(batch: Batch, grid: Tensor) -> Batch:
 
 def correction(equations: NormalEquations, scale: Tensor, order: int = 1) -> Tensor:
     """The posterior mean of a map (D, D, D) of prior sd `scale` times a factor a shell, learned from the images."""
-    posterior = equations.posterior(scale, order=order)
-    mean = posterior.mean(TOLERANCE)
-    for _ in range(2):
-        tau = mackay_tau(posterior, mean)
-        start = filter_shells(mean, posterior.tau / tau)
-        posterior = posterior.with_tau(tau)
-        mean = posterior.mean(TOLERANCE, start=start)
+    posterior, mean = settled(equations.posterior(scale, order=order), 2, TOLERANCE)
     return posterior.to_map(mean)
 
 

@@ -1,9 +1,7 @@
 """Pictures of a fit. Every function returns a matplotlib Figure and needs no display.
 
-    figure = fsc_curves({"corrected": curve}, apix=1.3)
-    figure.savefig("fsc.png", dpi=150)
-
-Colours are Okabe and Ito's, which the colour-blind tell apart; grey values and viridis carry densities.
+figure = fsc_curves({"corrected": curve}, apix=1.3)
+figure.savefig("fsc.png", dpi=150)
 """
 
 from __future__ import annotations
@@ -17,23 +15,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pyro_cryo.analysis.calibration import Calibration, simultaneous_band
-from pyro_cryo.analysis.free_energy import FreeEnergy
+from pyro_cryo.analysis.canvas import BLUE, SKY, VERMILION, as_numpy, cycle, new_figure, note, resolution_ticks
 from pyro_cryo.analysis.fsc import resolution_angstrom
 from pyro_cryo.analysis.latent import KMeans, as_table, pca
-from pyro_cryo.analysis.predictive import ImageFit, ResidualPower
 from pyro_cryo.guides.poses import PoseSpread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from pyro_cryo.analysis.half_sets import HalfSets
-
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW, BLACK = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000",
-)  # fmt: skip
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 
 def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
@@ -48,14 +37,14 @@ def learning_curve(records: Sequence[Mapping[str, Any]]) -> Figure:
     if not rows:
         raise ValueError("no record has both epoch and loss; there is no learning curve to draw")
     epoch, loss = (np.array([float(r[name]) for r in rows]) for name in ("epoch", "loss"))
-    figure, (axes,) = _figure(1, 6.0, 3.8)
+    figure, (axes,) = new_figure(1, 6.0, 3.8)
     axes.plot(epoch, loss, color=BLUE, lw=1.6, marker="o" if len(rows) <= 60 else None, ms=4)
     if len(rows) > 60:  # the first steps fall so far that they would hide the rest
         tail = loss[len(loss) // 20 :]
         pad = 0.08 * max(float(np.ptp(tail)), 1e-9 * abs(float(tail[-1])))
         axes.set_ylim(tail.min() - pad, tail.max() + pad)
     if "seconds" in rows[-1]:
-        _note(axes, f"{float(rows[-1]['seconds']) / 60:.1f} min", 0.97, 0.95)
+        note(axes, f"{float(rows[-1]['seconds']) / 60:.1f} min", 0.97, 0.95)
     axes.set(xlabel="epoch", ylabel="loss (nats an image)", title="Learning curve")
     if float(epoch.max()) >= 2 and np.allclose(epoch, epoch.round()):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -76,7 +65,7 @@ def latent_density(z: ArrayLike | Tensor, clusters: KMeans | None = None) -> Fig
         return _latent_histogram(z[:, 0], clusters)
     components = pca(z)
     scores = components.project(z)[:, :2]
-    figure, (axes,) = _figure(1, 5.8, 4.9)
+    figure, (axes,) = new_figure(1, 5.8, 4.9)
     norm = LogNorm() if len(z) >= 1000 else None
     bins = axes.hexbin(scores[:, 0], scores[:, 1], gridsize=_gridsize(len(z)), norm=norm, mincnt=1, cmap="viridis")
     ticks = None if norm else MaxNLocator(integer=True)
@@ -98,9 +87,9 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
 
     The legend gives each curve's resolution at the first threshold.
     """
-    figure, (axes,) = _figure(1, 6.4, 4.0)
+    figure, (axes,) = new_figure(1, 6.4, 4.0)
     nyquist = 0.5 / apix
-    for (name, curve), colour in zip(curves.items(), _cycle(len(curves)), strict=False):
+    for (name, curve), colour in zip(curves.items(), cycle(len(curves)), strict=False):
         values = curve.double().cpu()
         s = np.arange(len(values)) / (2 * (len(values) - 1) * apix)
         signal = bool(thresholds) and name != "phase-randomised"  # which has a resolution of the mask only
@@ -114,42 +103,35 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
         )
     axes.axhline(0, color="0.8", lw=0.8, zorder=0)
     axes.set(xlim=(0, nyquist), ylim=(-0.1, 1.05), xlabel="resolution (Å)", ylabel="Fourier shell correlation")
-    ticks = _resolution_ticks(apix)
+    ticks = resolution_ticks(apix)
     axes.set_xticks([1 / t for t in ticks], [f"{t:.3g}" for t in ticks])
     axes.legend(frameon=False, loc="lower left")
     return figure
 
 
-def motion_fsc(found: HalfSets) -> Figure:
-    """What two half sets share of whole maps and of motions, and what motions share at shapes matched at random.
+def central_sections(
+    volume: Tensor, apix: float, sd: Tensor | None = None, title: str = "", probability: Tensor | None = None
+) -> Figure:
+    """The sections through the centre voxel of a map (D, D, D), and below them those of its standard deviation.
 
-    Thin lines are the motions at single shapes, the thick one is of all together.
+    probability (D, D, D): of a difference at each voxel, below these: white at 1/2, where nothing is known of its sign.
     """
-    figure = fsc_curves({"maps": found.maps.mean(0), "motions": found.pooled}, found.apix)
-    (axes,) = figure.axes
-    s = np.arange(len(found.pooled)) / (2 * (len(found.pooled) - 1) * found.apix)
-    for curve in found.motion:
-        axes.plot(s, curve, color=VERMILION, lw=0.7, alpha=0.4)
-    axes.plot(s, found.null, color=BLACK, lw=1.2, ls=":", label="motions, shapes matched at random (95%)")
-    axes.set(ylim=(-0.5, 1.05), title=f"Half sets: R² of z {found.r2[0]:.2f}, {found.r2[1]:.2f}")
-    axes.legend(frameon=False, loc="lower left")
-    return figure
-
-
-def central_sections(volume: Tensor, apix: float, sd: Tensor | None = None, title: str = "") -> Figure:
-    """The sections through the centre voxel of a map (D, D, D), and below them those of its standard deviation."""
     rows = [("density", volume, "gray")] + ([("standard deviation", sd, "viridis")] if sd is not None else [])
-    figure, axes = _figure(3 * len(rows), 8.2, 2.9 * len(rows) + 0.3, columns=3)
+    if probability is not None:
+        rows.append(("probability", probability, "RdBu_r"))
+    figure, axes = new_figure(3 * len(rows), 8.2, 2.9 * len(rows) + 0.3, columns=3)
     for row, (label, map_, colours) in enumerate(rows):
-        sections = [_numpy(s) for s in _central(map_)]
+        sections = [as_numpy(s) for s in _central(map_)]
         low, high = _contrast(np.concatenate([s.ravel() for s in sections])) if row == 0 else _range(map_)
+        if map_ is probability:
+            low, high = 0.0, 1.0
         picture = None
         for plane, section, ax in zip(("x-y", "x-z", "y-z"), sections, axes[3 * row : 3 * row + 3], strict=True):
             picture = ax.imshow(section, origin="lower", cmap=colours, vmin=low, vmax=high)
             if row == 0:
                 ax.set_title(f"{plane} section", size=10)
             _bare(ax)
-        _scale_bar(axes[3 * row], len(map_), apix)
+        _scale_bar(axes[3 * row], len(map_), apix, "black" if map_ is probability else "white")
         assert picture is not None
         figure.colorbar(picture, ax=list(axes[3 * row : 3 * row + 3]), label=label, shrink=0.85, pad=0.015)
     if title:
@@ -165,11 +147,11 @@ def map_series(volumes: Tensor, apix: float, labels: Sequence[str] | None = None
     blocks = math.ceil(count / 10)
     columns = math.ceil(count / blocks)
     side = max(0.95, min(2.0, 10.0 / columns))
-    figure, axes = _figure(2 * blocks * columns, side * columns + 0.5, 2 * blocks * (side + 0.12) + 0.5, columns)
+    figure, axes = new_figure(2 * blocks * columns, side * columns + 0.5, 2 * blocks * (side + 0.12) + 0.5, columns)
     for ax in axes:
         _bare(ax)
         ax.set_visible(False)
-    projections = [_numpy(volumes.sum(1)), _numpy(volumes.sum(2))]
+    projections = [as_numpy(volumes.sum(1)), as_numpy(volumes.sum(2))]
     low, high = _contrast(np.concatenate([p.ravel() for p in projections]), (0.2, 99.98))
     for i in range(count):
         block, column = divmod(i, columns)
@@ -184,29 +166,6 @@ def map_series(volumes: Tensor, apix: float, labels: Sequence[str] | None = None
     _scale_bar(axes[0], volumes.shape[-1], apix)
     if title:
         figure.suptitle(title, size=11)
-    return figure
-
-
-def free_energy_profile(
-    profile: FreeEnergy, means: ArrayLike | Tensor | None = None, label: str = "coordinate"
-) -> Figure:
-    """The free energy along a coordinate with its band, kT; the axis ends where next to no particles are.
-
-    means: (n,) coordinates of the particles' posterior means: -log of their histogram is drawn in grey, to compare
-    """
-    figure, (axes,) = _figure(1, 6.0, 3.8)
-    band = f"{100 * profile.level:.3g}% at each point"
-    axes.fill_between(profile.s, profile.low_kt, profile.high_kt, color=SKY, alpha=0.45, lw=0, label=band)
-    axes.plot(profile.s, profile.median_kt, color=BLUE, lw=1.8, label="median")
-    if means is not None:
-        axes.step(
-            profile.s, _counted_kt(profile, as_table(means)[:, 0]), "0.55", where="mid", lw=1.2, label="means of z"
-        )
-    lowest = float(profile.low_kt.min())
-    highest = max(float(np.min(profile.high_kt)) + 1, min(float(profile.high_kt.max()), lowest + 12))
-    pad = 0.05 * (highest - lowest)
-    axes.set(xlabel=label, ylabel="free energy (kT)", title="Free energy", ylim=(lowest - pad, highest + pad))
-    axes.legend(frameon=False)
     return figure
 
 
@@ -230,75 +189,11 @@ def pose_distribution(rotation: Tensor, spread: PoseSpread) -> Figure:
     sphere.set(xticks=[], yticks=[], title=f"Viewing directions, {len(rotation):,} images")
     for column, (values, label) in enumerate([(spread.angle_deg, "angle (degrees)"), (spread.shift_px, "shift (px)")]):
         axes = figure.add_subplot(grid[column + 1])
-        axes.hist(_numpy(values.clamp_max(3 * values.quantile(0.9))), bins=40, color=SKY, edgecolor="none")
+        axes.hist(as_numpy(values.clamp_max(3 * values.quantile(0.9))), bins=40, color=SKY, edgecolor="none")
         middle = float(values.median())
         axes.axvline(middle, color=VERMILION, lw=1.2)
         axes.set(xlabel=f"posterior rms {label}", ylabel="images" if not column else "", title=f"median {middle:.3g}")
         axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def rank_deviation(found: Mapping[str, Calibration], level: float = 0.99) -> Figure:
-    """How far ranks of truths among posterior draws are from uniform: a panel for each quantity, a line a coordinate.
-
-    The distribution function of the ranks less that of uniform ones, and the band in which all of it lies with
-    probability `level`. Above 0 at the left, below at the right: posteriors that are too sure; the reverse: too unsure;
-    on one side all along: shifted.
-    """
-    if not found:
-        raise ValueError("no quantity was ranked; there is nothing to draw")
-    columns = min(3, len(found))
-    rows = math.ceil(len(found) / columns)
-    figure, axes = _figure(len(found), 3.6 * columns, 2.8 * rows, columns)
-    for ax, (name, quantity) in zip(axes, found.items(), strict=True):
-        band = simultaneous_band(len(quantity.ranks), quantity.draws, level)
-        at, lower, upper = (_numpy(v) for v in (band.expected, band.lower - band.expected, band.upper - band.expected))
-        ax.fill_between(at, lower, upper, color="0.88", lw=0, zorder=0)
-        ax.axhline(0, color="0.6", lw=0.8, zorder=1)
-        below = torch.stack([(quantity.ranks <= j).double().mean(0) for j in range(quantity.draws)])
-        for line, colour in zip(_numpy(below).T, _cycle(below.shape[1]), strict=True):
-            ax.step(at, line - at, color=colour, lw=1.3, where="mid")
-        ax.set(xlim=(0, 1), title=name, xlabel="rank over the number of draws")
-    axes[0].set_ylabel("share of ranks below, less uniform")
-    return figure
-
-
-def residual_spectrum(found: ResidualPower, apix: float, level: float = 0.99) -> Figure:
-    """What a model leaves of images, over the noise that it expects, against resolution; a line a noise group.
-
-    The band is that of the group with the most coefficients, for all shells and groups together.
-    """
-    figure, (axes,) = _figure(1, 6.4, 3.8)
-    shells = found.power.shape[1]
-    s = np.arange(shells) / (2 * (shells - 1) * apix)
-    lower, upper = (_numpy(edge[found.count.sum(1).argmax()]) for edge in found.band(level))
-    axes.fill_between(s, lower, upper, color="0.88", lw=0, zorder=0, step="mid")
-    axes.axhline(1, color="0.6", lw=0.8, zorder=1)
-    for number, (power, colour) in enumerate(zip(found.power, _cycle(len(found.power)), strict=True)):
-        axes.plot(s, _numpy(power), color=colour, lw=1.4, marker="o", ms=3, label=f"noise group {number}")
-    axes.set(xlim=(0, 0.5 / apix), xlabel="resolution (Å)", ylabel="power of the residual over the noise")
-    ticks = _resolution_ticks(apix)
-    axes.set_xticks([1 / t for t in ticks], [f"{t:.3g}" for t in ticks])
-    if 1 < len(found.power) <= len(COLOURS):
-        axes.legend(frameon=False)
-    return figure
-
-
-def image_misfit(found: ImageFit, rate: float = 0.05) -> Figure:
-    """How images fit: chi-square and the match with their means, in standard deviations, beside the standard normal.
-
-    What lies far out is gathered in the outermost bins; the number of images that `ImageFit.junk` lists is written.
-    """
-    figure, axes = _figure(2, 8.4, 3.4, columns=2)
-    edges = np.linspace(-8, 8, 65)
-    normal = np.exp(-0.5 * edges**2) / math.sqrt(2 * math.pi) * (edges[1] - edges[0]) * len(found.index)
-    panels = [(found.z_score, "chi-square"), (found.match, "match with what is expected")]
-    for ax, (score, label) in zip(axes, panels, strict=True):
-        ax.hist(np.clip(score, edges[0], edges[-1]), bins=list(edges), color=SKY, edgecolor="none")
-        ax.plot(edges, normal, color=VERMILION, lw=1.4)
-        ax.set(yscale="log", ylim=(0.5, None), xlabel=f"{label} (standard deviations)")
-    axes[0].set_ylabel("images a bin")
-    _note(axes[0], f"{len(found.junk(rate)):,} of {len(found.index):,} fit badly", 0.97, 0.95)
     return figure
 
 
@@ -312,17 +207,8 @@ def _density_of_directions(direction: Tensor, longitude: NDArray[Any], latitude:
     return 2 * concentration * torch.stack(near).numpy()
 
 
-def _counted_kt(profile: FreeEnergy, coordinate: NDArray[np.floating]) -> NDArray[np.floating]:
-    """-log of a histogram on the profile's bins, 0 where it is even; not a number where it is empty: (K,)."""
-    half = 0.5 * (profile.s[1] - profile.s[0])
-    bins, span = len(profile.s), (profile.s[0] - half, profile.s[-1] + half)
-    counts = np.histogram(coordinate, bins, span)[0].astype(float)
-    counts[counts == 0] = np.nan
-    return -np.log(counts * bins / len(coordinate))
-
-
 def _latent_histogram(z: NDArray[np.floating], clusters: KMeans | None) -> Figure:
-    figure, (axes,) = _figure(1, 6.0, 3.6)
+    figure, (axes,) = new_figure(1, 6.0, 3.6)
     counts, _, _ = axes.hist(z, bins=min(100, max(10, round(len(z) ** 0.5))), color=SKY, edgecolor="none")
     if clusters is not None:
         axes.set_ylim(0, 1.15 * np.max(counts))
@@ -333,27 +219,10 @@ def _latent_histogram(z: NDArray[np.floating], clusters: KMeans | None) -> Figur
     return figure
 
 
-def _figure(count: int, width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure on the Agg canvas, without pyplot's global state; sizes in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(math.ceil(count / columns), columns, i + 1) for i in range(count)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _central(volume: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sections x-y, x-z and y-z, the first axis named running to the right."""
     c = len(volume) // 2
     return volume[c], volume[:, c], volume[:, :, c]
-
-
-def _numpy(values: Tensor) -> NDArray[np.floating]:
-    return values.detach().to("cpu", torch.float32).numpy()
 
 
 def _contrast(values: NDArray[np.floating], percentiles: tuple[float, float] = (0.5, 99.8)) -> tuple[float, float]:
@@ -367,21 +236,8 @@ def _range(volume: Tensor) -> tuple[float, float]:
     return 0.0, high if high > 0 else 1.0
 
 
-def _resolution_ticks(apix: float) -> list[float]:
-    """Nyquist and round resolutions in angstrom, at least a tenth of the axis apart in 1 / angstrom."""
-    nyquist, ticks = 2 * apix, [2 * apix]
-    for size in (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 80, 100, 200, 500):
-        if size > nyquist and 1 / ticks[-1] - 1 / size > 0.1 / nyquist and 1 / size > 0.05 / nyquist:
-            ticks.append(float(size))
-    return ticks
-
-
 def _gridsize(count: int) -> int:
     return int(min(80, max(18, count**0.5 / 1.6)))
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 def _bare(axes: Axes) -> None:
@@ -395,15 +251,11 @@ def _numbered(axes: Axes, number: int, x: float, y: float) -> None:
     axes.annotate(str(number), (x, y), ha="center", va="center", size=9, bbox=box)
 
 
-def _note(axes: Axes, text: str, x: float, y: float) -> None:
-    axes.annotate(text, (x, y), xycoords="axes fraction", ha="right", va="top", size=9, color="0.3")
-
-
-def _scale_bar(axes: Axes, box: int, apix: float) -> None:
+def _scale_bar(axes: Axes, box: int, apix: float, colour: str = "white") -> None:
     """A bar of a round length, about a quarter of the box."""
     quarter = 0.25 * box * apix
     unit = 10.0 ** math.floor(math.log10(quarter))
     length = max(n for n in (1, 2, 5) if n * unit <= quarter) * unit
     x, y = 0.05 * box, 0.06 * box
-    axes.plot([x, x + length / apix], [y, y], color="white", lw=2.5, solid_capstyle="butt")
-    axes.text(x, y + 0.03 * box, f"{length:g} Å", color="white", size=8, va="bottom")
+    axes.plot([x, x + length / apix], [y, y], color=colour, lw=2.5, solid_capstyle="butt")
+    axes.text(x, y + 0.03 * box, f"{length:g} Å", color=colour, size=8, va="bottom")

@@ -1,4 +1,4 @@
-"""The command line: pyro-cryo fit | volumes | encode | analyze | compare | select | simulate, a file each."""
+"""The command line, a command a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyro_cryo
-from pyro_cryo.cli import analyze, compare, encode, fit, select, simulate, volumes
+from pyro_cryo.cli import analyze, check, compare, encode, fit, posterior, select, simulate, uncertainty, volumes
 from pyro_cryo.cli.parser import Parser, one_line
 
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pyro-cryo", description="Cryo-EM reconstruction as probabilistic programming.")
     parser.add_argument("--version", action="version", version=f"pyro-cryo {pyro_cryo.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (fit, volumes, encode, analyze, compare, select, simulate):
+    for command in (fit, analyze, volumes, uncertainty, posterior, check, compare, encode, select, simulate):
         command.add_to(commands)
     return parser
 

@@ -18,6 +18,7 @@ from pyro_cryo.cli.options import (
 from pyro_cryo.cli.parser import add_command
 from pyro_cryo.recipes import recipes
 
+SPREADS = ("turn_sd_deg", "shift_sd_px", "defocus_sd_angstrom")
 DESCENT = ("batch_size", "learning_rate", "beta", "warmup", "precision", "compile")
 
 
@@ -62,6 +63,12 @@ def add_to(commands: Any) -> None:
         type=float,
         default=none,
         help="sd of shifts along each axis, pixels (default: to refine 2, to search 4%% of the box)",
+    )
+    add(
+        "--defocus-sd-angstrom",
+        type=float,
+        default=none,
+        help="to refine the defocus too: its sd about the table's to begin with, 300 say (default: 0, it is known)",
     )
     add = parser.add_argument_group("descent (models that are not solved for)").add_argument
     add("--epochs", "-n", type=int, default=none, help="passes over the data (default: the model's)")
@@ -113,6 +120,8 @@ def run(asked: argparse.Namespace) -> None:
     found = fit(model, particles, asked.out, resume=asked.resume, progress=progress_of(asked), **settings)
     last = f", loss {found.records[-1]['loss']:.4f} nats an image" if "loss" in found.records[-1] else ""
     shape = f", z of dimension {found.model.zdim}" if found.model.zdim else ""
+    if found.defocus is not None:
+        shape += f", defocus off by {found.defocus.spread:.0f} A and known to {float(found.defocus.sd.median()):.0f} A"
     size = f"{len(particles)} images of {particles.box} px at {particles.apix:.3f} A"
     print(f"{size}{shape}{last}; the run is in {asked.out}")
 
@@ -157,7 +166,7 @@ def set_poses(model: Any, asked: argparse.Namespace) -> None:
     """Give the model the prior of poses that was asked for."""
     from pyro_cryo.pose import AnyPose, KnownPose, PoseAbout
 
-    spread = {name: getattr(asked, name) for name in ("turn_sd_deg", "shift_sd_px") if name in asked}
+    spread = {name: getattr(asked, name) for name in SPREADS if name in asked}
     choice = getattr(asked, "poses_are", None)
     useless = [name for name in spread if choice != "refine" and (choice, name) != ("search", "shift_sd_px")]
     if useless:

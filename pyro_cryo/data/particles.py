@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from pyro_cryo.data.pixels import Pixels, chunks, window_power
 from pyro_cryo.data.selection import Subset
 from pyro_cryo.data.stack import Stack
 from pyro_cryo.data.table import Table
-from pyro_cryo.physics.ctf import CTF
+from pyro_cryo.physics.ctf import CTF, electron_wavelength
 from pyro_cryo.physics.exposure import attenuation
 from pyro_cryo.physics.fourier import HalfPlane
 
@@ -250,6 +251,34 @@ class Particles:
         """The same images with other rotations (N, 3, 3) and translations (N, 2), pixels of the model's box."""
         shift_px = translation.detach().cpu().float() / self._pixels_of_model[:, None]
         return replace(self, table=self.table.with_poses(rotation.detach().cpu(), shift_px))
+
+    def with_defocus(self, offset_angstrom: Tensor) -> Particles:
+        """The same images with (N,) more of both defocus values.
+
+        Raises ValueError where images have no CTF, or were multiplied by it as it was.
+        """
+        if self.ctf is None:
+            raise ValueError(f"{self.table.path} has no CTF, and so no defocus to refine; give ctf=, or leave it out")
+        if any(group.premultiplied for group in self.table.groups):
+            raise ValueError(
+                f"images of {self.table.path} were multiplied by their CTF, whose defocus then stays; refine that of "
+                "images that were not"
+            )
+        return replace(self, table=self.table.with_ctf(self.ctf.defocused(offset_angstrom.detach().cpu().float())))
+
+    def quadrature(self, batch: Batch) -> Tensor:
+        """(B, P) what the CTF of a batch of these images turns to as defocus grows (`physics.ctf`)."""
+        assert self.ctf is not None
+        rows, device = batch.index.cpu(), batch.image.device
+        optics = torch.stack(list(vars(self.ctf[rows].quadrature).values()), -1)
+        exposure = torch.zeros(len(rows)) if self.table.exposure is None else self.table.exposure[rows]
+        return self._ctf_of(self._sent(optics, device), batch.freq_scale, self._sent(exposure, device), batch.half)
+
+    @cached_property
+    def defocus_turn(self) -> Tensor:
+        """(N,) by how much it turns: radians an angstrom of defocus, for |k| = 1 cycle of the image's field of view."""
+        assert self.ctf is not None
+        return math.pi * electron_wavelength(self.ctf.voltage_kv) / self._lengths.square()
 
     @cached_property
     def _pixels_of_model(self) -> Tensor:

@@ -146,7 +146,15 @@ class Table:
             source = source.drop(columns=[name for name in POSE_COLUMNS if name in source])
         return replace(self, rotation=rotation.float(), shift_px=shift_px.float(), source=source)
 
+    def with_ctf(self, ctf: CTF) -> Table:
+        """Other defocus values; the input's own columns of them are forgotten."""
+        source = self.source
+        if source is not None and not isinstance(source, np.ndarray):
+            source = source.drop(columns=[name for name in DEFOCUS_COLUMNS if name in source])
+        return replace(self, ctf=ctf, source=source)
 
+
+DEFOCUS_COLUMNS = ("rlnDefocusU", "rlnDefocusV")
 POSE_COLUMNS = (
     "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY", "rlnOriginXAngst", "rlnOriginYAngst",
 )  # fmt: skip

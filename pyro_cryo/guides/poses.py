@@ -113,12 +113,14 @@ class PosePrior:
 
     rotation (n, 3, 3), translation (n, 2) pixels: its centre
     turn_sd: radians about each axis, infinite for the uniform distribution; shift_sd: pixels along each axis
+    defocus_sd: angstrom about the table's, to begin with; 0 where that is known
     """
 
     rotation: Tensor
     translation: Tensor
     turn_sd: float
     shift_sd: float
+    defocus_sd: float = 0.0
 
     def __getitem__(self, rows: Tensor) -> PosePrior:
         """Those of some images."""
@@ -172,7 +174,8 @@ def prior_of(poses: nn.Module, particles: Particles) -> PosePrior:
     Raises TypeError where the prior is neither of the two that are solved for.
     """
     if isinstance(poses, PoseAbout):
-        return PosePrior(particles.rotation, particles.translation, float(poses.turn_sd), float(poses.shift_sd))
+        spread = float(poses.turn_sd), float(poses.shift_sd), float(poses.defocus_sd)
+        return PosePrior(particles.rotation, particles.translation, *spread)
     if not isinstance(poses, AnyPose):
         raise TypeError(
             f"posteriors under poses of {type(poses).__name__} cannot be found; derive it from PoseAbout or AnyPose"

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.poses import PosePrior
-from pyro_cryo.inference.map_mixture import grids, parted
+from pyro_cryo.guides.poses import PoseModes, PosePrior
+from pyro_cryo.inference import map_mixture
+from pyro_cryo.inference.map_mixture import MapMixture, grids
 from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, sample_rows
 from pyro_cryo.inference.search import Level
@@ -80,24 +81,37 @@ def ab_initio(
     sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
     em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
     if maps > 1:
-        return through(em, [lambda _: _mixed(em, starts, maps)], kept)
+        parting: list[Stage] = [partial(_parted, em, maps, band) for band in map_mixture.BANDS]
+        return through(em, [lambda _: _settled(em, starts), *parting, partial(_searched_in_all, em)], kept)
     bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, box / 2 - 1)]
     return through(em, [lambda _: _found(em, starts), lambda reached: _all_searched(em, reached), *bands], kept)
 
 
-def _mixed(em: PoseEM, starts: int, maps: int) -> Reached:
-    """The peaks of all images in several maps."""
+def _settled(em: PoseEM, starts: int) -> Reached:
+    """A map from nothing that is to be parted into several, and no poses yet."""
     known = _raced(em, starts)
     for kmax in SETTLING[:SETTLED]:
         known = _passed(em, known, kmax)
-    mixture = parted(em, known, maps).on(box_of(FINE, em.particles.box))
-    everyone = torch.arange(len(em.particles))
+    return Reached(known, PoseModes.single(torch.zeros(0, 3, 3), torch.zeros(0, 2)), -math.inf)
+
+
+def _parted(em: PoseEM, maps: int, kmax: float, reached: Reached | None) -> Reached:
+    """A pass of the maps that part."""
+    assert reached is not None
+    mixture = MapMixture.begun(reached.known, maps) if reached.mixture is None else reached.mixture
+    return replace(reached, mixture=map_mixture.passed(em, mixture, kmax))
+
+
+def _searched_in_all(em: PoseEM, reached: Reached | None) -> Reached:
+    """The peaks of all images in several maps."""
+    assert reached is not None
+    assert reached.mixture is not None
+    box, everyone = box_of(FINE, em.particles.box), torch.arange(len(em.particles))
+    mixture = reached.mixture.on(box)
     found = em.search(everyone, mixture.known, SEARCHED, PEAKS, log_share=mixture.log_share)
-    share = found.which[:, 0].bincount(minlength=maps) / len(everyone)
+    share = found.which[:, 0].bincount(minlength=len(mixture.known)) / len(everyone)
     em.progress.note("shares of the maps " + ", ".join(f"{one:.2f}" for one in share.tolist()))
-    return Reached(
-        em.add(everyone, found, known.on(box_of(FINE, em.particles.box))), found.modes, float(found.evidence.mean())
-    )
+    return Reached(em.add(everyone, found, reached.known.on(box)), found.modes, float(found.evidence.mean()))
 
 
 def _found(em: PoseEM, starts: int) -> Reached:

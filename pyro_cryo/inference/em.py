@@ -23,11 +23,12 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.coefficients import Coefficients, Moments, Projected, images_at_once
+from pyro_cryo.guides.coefficients import Coefficients, Moments, Projected, Seen, images_at_once
 from pyro_cryo.inference.reconstruct import add_shells, noise_floor
 from pyro_cryo.physics.slices import fourier_grid, fourier_grid_adjoint
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, first_tau, mackay_tau, noise_sd
+from pyro_cryo.volumes.joint import JointPosterior
 
 KEPT_BYTES = 1 << 30  # particles of a small band that are kept in memory from pass to pass
 
@@ -80,6 +81,7 @@ class EM:
         total = passes * particles.n_batches(self.batch_size)
         self._ticks = iter(progress(range(total), total, title))
         self._posterior: list[VoxelPosterior] = []
+        self._white: Tensor | None = None  # e of the maps that a chain has come to
         bytes_kept = len(particles) * len(particles.half) * 12
         self._kept = list(self._read()) if bytes_kept <= KEPT_BYTES else None
 
@@ -88,13 +90,13 @@ class EM:
 
     def begin(self, draw: Callable[[Moments], Moments]) -> None:
         """A pass with coefficients that are drawn, not inferred: from here the maps move."""
-        score, self.mean, _ = self._expect(draw)
+        score, self.mean, _ = self._expect(lambda said: draw(self.coefficients.moments(said)))
         self._maximise(score, self.mean)
 
     def step(self) -> float:
         """One pass and M-step; the evidence before it, nats a particle (without the 2 pi of the density)."""
         first = not self._posterior
-        score, self.mean, noise = self._expect(lambda moments: moments)
+        score, self.mean, noise = self._expect(self.coefficients.moments)
         self._maximise(score, self.mean)
         if self.particles.several:  # of one image the prior of its contrast says more
             self.mean = self._take_up(self.mean)
@@ -118,12 +120,30 @@ class EM:
         y, yy = mean.y / level, mean.yy / level.square()
         return replace(mean, y=y, yy=yy, a=mean.a / level, aa=mean.aa / level.square())
 
+    def sweep(self, drawn: Callable[[Seen], Moments], generator: torch.Generator) -> None:
+        """One pass with coefficients that are drawn, and a draw of the maps given these; noise and prior stay.
+
+        With coefficients from their posterior given the maps: a step of a Gibbs chain on maps and coefficients. The
+        first one does not draw maps but climbs to their mode.
+        """
+        maps = self.maps
+        assert maps.tau is not None
+        score, self.mean, _ = self._expect(drawn)
+        posteriors = [self._of(c).with_tau(tau) for c, tau in enumerate(maps.tau)]
+        joint = JointPosterior.of(posteriors, self.mean.yy)
+        ascent = torch.stack([fourier_grid_adjoint(one, maps.box) for one in score])
+        if self._white is None:
+            self._white = joint.climbed(maps.values, ascent)
+        else:
+            self._white = joint.drawn(self._white, ascent, generator)
+        maps.values = joint.to_maps(self._white)
+
     def close(self) -> None:
         """End the progress bar, where no further pass is needed."""
         if isinstance(self._ticks, Generator):
             self._ticks.close()
 
-    def _expect(self, taken: Callable[[Moments], Moments]) -> tuple[Tensor, Moments, Tensor]:
+    def _expect(self, taken: Callable[[Seen], Moments]) -> tuple[Tensor, Moments, Tensor]:
         maps, grid = self.maps, fourier_grid(self.maps.values)
         score = torch.zeros(grid.shape[-1], *grid.shape[:3], dtype=grid.dtype, device=self.device)
         weight = torch.zeros(1, *grid.shape[:3], device=self.device)
@@ -137,7 +157,7 @@ class EM:
             next(self._ticks, None)
             seen = Projected.of(batch, grid, maps.sigma)
             said = seen.seen().by_particle(batch)
-            moments = taken(self.coefficients.moments(said))
+            moments = taken(said)
             y, yy = batch.of_images(moments.y), batch.of_images(moments.yy)
             explained = seen.slices @ yy.to(seen.slices.dtype)
             residual = y[:, None] * seen.image[..., None] - explained

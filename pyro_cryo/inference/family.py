@@ -30,6 +30,7 @@ from pyro_cryo.inference.reconstruct import Reconstruction, band_limit
 from pyro_cryo.physics.fourier import resize
 from pyro_cryo.physics.slices import fourier_grid
 from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.prior import MapPrior
 
 BANDS = ((16, 12, 0), (32, 3, 3))  # boxes of the coarse bands; passes there, and more with priors by component
 COARSE = BANDS[-1][0]
@@ -52,12 +53,14 @@ class Family:
     maps:     (C, b, b, b) on the scale of images cropped to b pixels
     sigma:    (noise groups, D / 2 + 1) noise sd
     gram:     (C, C) mean information that the images of a particle have of the coefficients
+    prior:    of the maps; None before they are fitted
     """
 
     maps: Tensor
     coefficients: Coefficients
     sigma: Tensor
     gram: Tensor
+    prior: MapPrior | None = None
 
     @property
     def zdim(self) -> int:
@@ -205,7 +208,8 @@ def family_of(em: EM, before: Family) -> Family:
     sigma = before.sigma.clone()
     last = maps.box // 2 + (1 if maps.box == box else 0)  # the shell of the corner is half empty on a smaller box
     sigma[:, 1:last] = maps.sigma[:, 1:last] * (box / maps.box)
-    return Family(maps.values, em.coefficients, sigma, em.gram)
+    assert maps.tau is not None
+    return Family(maps.values, em.coefficients, sigma, em.gram, MapPrior.of(maps.scale, maps.tau))
 
 
 def _supported(em: EM, family: Family, held: Particles) -> Family:
@@ -227,7 +231,10 @@ def _supported(em: EM, family: Family, held: Particles) -> Family:
         warnings.warn("the images support no motion: all maps of the family are one", UserWarning, stacklevel=5)
         maps[1:] = 0
     coefficients = family.coefficients.first(kept)
-    return replace(family, maps=maps, coefficients=coefficients, gram=family.gram[: 1 + kept, : 1 + kept])
+    gram, prior = family.gram[: 1 + kept, : 1 + kept], family.prior
+    if prior is not None:
+        prior = MapPrior.of(prior.scale, prior.tau[: 1 + kept])
+    return replace(family, maps=maps, coefficients=coefficients, gram=gram, prior=prior)
 
 
 def with_band(volume: Tensor, low: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.elbo import ReparameterisedELBO
 from pyro_cryo.inference.posing import find_poses, learn_spread
-from pyro_cryo.inference.run import Run, guide_of, read_poses, write_poses
+from pyro_cryo.inference.run import Run, guide_of, read_defocus, read_poses, write_defocus, write_poses
 from pyro_cryo.inference.state import (
     CHECKPOINT,
     RECORD,
@@ -229,16 +229,21 @@ class _Loop:
     def _find_poses(self) -> None:
         """The posteriors of the poses, those of an earlier start where they were kept; at the best it is fitted."""
         run, folder = self.run, self.run.folder
-        run.poses = None if folder is None else read_poses(folder)
+        if folder is not None:
+            run.poses, run.defocus = read_poses(folder), read_defocus(folder)
         if run.poses is None:
             kept = None if folder is None else folder / "poses.part.pt"
             settings = self.settings
-            run.poses = find_poses(self.model, self.particles, settings.seed, self.progress, kept, self._descended)
+            found = find_poses(self.model, self.particles, settings.seed, self.progress, kept, self._descended)
+            run.poses, run.defocus = found.modes, found.defocus
             if folder is not None:
-                write_poses(folder, run.poses)
+                write_defocus(folder, found.defocus)
+                write_poses(folder, found.modes)  # the last: where they stand, all was found
+                run.poses = read_poses(folder)
                 for path in folder.glob("*poses.part.pt"):
                     path.unlink()
-        learn_spread(self.model, self.particles, run.poses)
+        assert run.poses is not None
+        learn_spread(self.model, self.particles, run.poses, run.defocus)
         vars(run).pop("particles", None)
         self.particles = run.particles
 

@@ -27,6 +27,7 @@ from pyro_cryo.guides.family_landscape import FamilyLikelihood
 from pyro_cryo.guides.landscape import MapLikelihood
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.family import Family, FamilySolver, motion_side
+from pyro_cryo.inference.focus import refocusing
 from pyro_cryo.inference.pose_em import BATCH, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, reconstruct, sample_rows
 from pyro_cryo.inference.refine import STEPS, first_band
@@ -73,7 +74,7 @@ def refined_with_motion(
         partial(_passed, em, start, band, _Linear(components), number < HELD) for number, band in enumerate(bands)
     ]
     stages += [partial(_passed, em, start, bands[-1], _Curved(components), False)] * CURVED_PASSES
-    return through(em, stages, kept)
+    return through(em, [*stages, *refocusing(em, stages[-1])], kept)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import images_at_once
+from pyro_cryo.guides.defocus import Defocus
 from pyro_cryo.guides.landscape import MapLikelihood, PoseLikelihood, climbed
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.reconstruct import add_shells, left_of, noise_floor
@@ -76,6 +77,8 @@ class PoseEM:
     sigma:     (noise groups, D / 2 + 1) noise sd to begin with; its device is where maps are
     generator: of the draws of poses
     support:   radius of the ball that holds the molecule, of half the box
+
+    defocus:   posteriors of the offsets from the table's, which `particles` then have in; None where they are known
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class PoseEM:
         self.particles, self.prior, self.symmetry, self.sigma = particles, prior, symmetry, sigma.clone()
         self.generator, self.progress, self.support = generator, progress, support
         self.device = sigma.device
+        self.defocus: Defocus | None = None
 
     def search(
         self,
@@ -196,10 +200,9 @@ class PoseEM:
 
     def learn_noise(self, *sums: Sums) -> None:
         """sigma, from what the poses left of the images that were added to these."""
-        box, square, count = sums[0].known.box, sum(s.square for s in sums), sum(s.count for s in sums)
-        sd = noise_floor((0.5 * torch.as_tensor(square) / torch.as_tensor(count).clamp_min(1e-6)).sqrt())
+        box = sums[0].known.box
         last = box // 2 + (1 if box == self.particles.box else 0)  # the shell of the corner is half empty
-        self.sigma[:, 1:last] = sd[:, 1:last] * (self.particles.box / box)
+        self.sigma[:, 1:last] = noise_left(*sums)[:, 1:last] * (self.particles.box / box)
 
     def solved(self, sums: Sums, enveloped: bool = False) -> Solved:
         """The posterior mean of the map, within the ball.
@@ -219,9 +222,34 @@ class PoseEM:
         return Solved(volume, variance)
 
 
+def noise_left(*sums: Sums) -> Tensor:
+    """sd of what maps left of the images that were added to these, (noise groups, b / 2 + 1) on their box b."""
+    square, count = sum(s.square for s in sums), sum(s.count for s in sums)
+    return noise_floor((0.5 * torch.as_tensor(square) / torch.as_tensor(count).clamp_min(1e-6)).sqrt())
+
+
 def _with_prior(posterior: VoxelPosterior) -> VoxelPosterior:
     """With the variance a shell that its own mean speaks for."""
     return posterior.with_tau(mackay_tau(posterior, posterior.mean(3e-2)))
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a pass added up for one map of box b.
+
+    value, weight: (2b, 2b, b + 1) of `NormalEquations`
+    square, count: (noise groups, b / 2 + 1) squares of what is left of the images, and of how many coefficients
+    """
+
+    value: Tensor
+    weight: Tensor
+    square: Tensor
+    count: Tensor
+
+    @property
+    def box(self) -> int:
+        """b"""
+        return len(self.value) // 2
 
 
 @dataclass(frozen=True)
@@ -242,12 +270,12 @@ class Sums:
         square = left_of(batch, self.grid).square().sum(-1) + batch.ctf.square() * self.known.variance[batch.half.shell]
         add_shells(self.square, self.count, square, batch, weight)
 
-    def count_on(self, before: Sums, factor: float) -> None:
-        """Add what earlier sums on the same box hold, times a factor."""
-        for mine, theirs in (
-            (self.equations.value, before.equations.value),
-            (self.equations.weight, before.equations.weight),
-            (self.square, before.square),
-            (self.count, before.count),
-        ):
+    @property
+    def added(self) -> Added:
+        """All of it that the next pass needs."""
+        return Added(self.equations.value, self.equations.weight, self.square, self.count)
+
+    def count_on(self, before: Added, factor: float) -> None:
+        """Add what an earlier pass on the same box added, times a factor."""
+        for mine, theirs in zip(vars(self.added).values(), vars(before).values(), strict=True):
             mine.add_(theirs, alpha=factor)

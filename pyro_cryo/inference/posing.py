@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.defocus import Defocus
 from pyro_cryo.guides.points import ClassesCoefficients
 from pyro_cryo.guides.poses import PoseModes, prior_of
 from pyro_cryo.inference.ab_initio import ab_initio
@@ -31,13 +32,13 @@ def find_poses(
     progress: Progress = quiet,
     kept: Path | None = None,
     descend: Descent | None = None,
-) -> PoseModes:
+) -> Posed:
     """Posteriors of the poses under `model.poses`: in one map for all images, or where the model has z in a family.
 
     Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
     rotation and the hand of the map, in as many maps at once as a model of classes has. The family is linear, whatever
     the model's own: it only has to follow what moves. Where a model's `pose_steps` are not 0 poses then climb in its
-    own maps.
+    own maps. The defocus is refined about the table's where that has a spread, in the map that images have in common.
 
     kept:    file of the state on the way, from which what was killed goes on
     descend: fits a model like this one to particles whose poses are known
@@ -48,10 +49,12 @@ def find_poses(
     device = model.log_sigma.device
     how: dict[str, Any] = {"generator": generator, "device": device, "progress": progress}
 
-    def decoded(posed: Posed) -> PoseModes:
+    def decoded(posed: Posed) -> Posed:
         if descend is None or not model.pose_steps:
-            return posed.modes
-        return refined_in_decoder(particles, posed, symmetry, descend, kept=_beside(kept, "decoded"), **how).modes
+            return posed
+        images = particles if posed.defocus is None else particles.with_defocus(posed.defocus.mean)
+        found = refined_in_decoder(images, posed, symmetry, descend, kept=_beside(kept, "decoded"), **how)
+        return replace(found, defocus=posed.defocus)
 
     if math.isfinite(prior.turn_sd):
         refine = refined_with_motion if model.zdim else refined
@@ -59,7 +62,7 @@ def find_poses(
     classes = isinstance(getattr(model, "coefficients", None), ClassesCoefficients)
     found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=model.zdim if classes else 1, kept=kept, **how)
     if not model.zdim:
-        return found.modes
+        return found
     rotation, translation = found.modes.best
     about = replace(prior, rotation=rotation, translation=translation)
     moving = _beside(kept, "moving")
@@ -71,9 +74,11 @@ def _beside(kept: Path | None, name: str) -> Path | None:
     return None if kept is None else kept.with_name(f"{name}.{kept.name}")
 
 
-def learn_spread(model: CryoModel, particles: Particles, modes: PoseModes) -> None:
-    """Set the spread of a prior about a consensus, the particles' own poses, to what posteriors say of it."""
+def learn_spread(model: CryoModel, particles: Particles, modes: PoseModes, defocus: Defocus | None) -> None:
+    """Set the spreads of a prior about a consensus, the particles' own poses, to what posteriors say of them."""
     if isinstance(model.poses, PoseAbout):
         learned = prior_of(model.poses, particles).learned(modes)
         model.poses.turn_sd.fill_(learned.turn_sd)
         model.poses.shift_sd.fill_(learned.shift_sd)
+        if defocus is not None:
+            model.poses.defocus_sd.fill_(defocus.spread)

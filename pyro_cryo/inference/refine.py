@@ -1,7 +1,8 @@
 """Poses refined about those of a table, together with the map: passes that climb and solve, from coarse to fine.
 
 The first band is one in which poses as unsure as their prior says still move coefficients by less than a turn of phase,
-so that climbing finds the peak. After every pass the prior's spread is what the posteriors say of it.
+so that climbing finds the peak. After every pass the prior's spread is what the posteriors say of it. Where the prior
+has a spread of defocus, that is refined in further passes (`focus`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, PosePrior
+from pyro_cryo.inference.focus import refocusing
 from pyro_cryo.inference.pose_em import BATCH, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, reconstruct, sample_rows
 from pyro_cryo.inference.stages import Posed, Reached, Stage, through
@@ -51,7 +53,7 @@ def refined(
     bands = march(first_band(prior, particles.box), finest)
     bands = bands[:1] * FIRST + bands[1:] + [finest] * (LAST - 1)
     passes: list[Stage] = [partial(_passed, em, band) for band in bands]
-    return through(em, [lambda _: _begun(em), *passes], kept)
+    return through(em, [lambda _: _begun(em), *passes, *refocusing(em, passes[-1])], kept)
 
 
 def first_band(prior: PosePrior, box: int) -> float:

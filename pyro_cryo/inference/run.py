@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,23 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.defocus import Defocus
 from pyro_cryo.guides.pose_mixture import PosedGuide, PoseMixture
+from pyro_cryo.guides.pose_table import open_table, write_table
 from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.posterior import posterior
-from pyro_cryo.inference.state import build_model, load_checkpoint, read_log, read_record, write_arrays
+from pyro_cryo.inference.state import (
+    build_model,
+    load_checkpoint,
+    read_log,
+    read_record,
+    write_arrays,
+    write_atomically,
+)
 from pyro_cryo.model import CryoModel
 from pyro_cryo.progress import Progress, quiet
 
-LATENT, PARTICLES, POSES = "latent.npz", "particles.star", "poses.npz"
+LATENT, PARTICLES, POSES, DEFOCUS = "latent.npz", "particles.star", "poses.npy", "defocus.npz"
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,9 @@ class Run:
     model, guide: the modules, on the device of the fit
     source:       the particles, or what opens them when they are first asked for
     folder:       where it is kept; None for a fit in memory
-    poses:        posteriors of the poses, translations in pixels of the model's box; None where they are known
+    poses:        posteriors of the poses, translations in pixels of the model's box; None where they are known. Those
+                  of a run in a folder are mapped to its file
+    defocus:      posteriors of what images' defocus differs by from the table's; None where it was not refined
     records:      one a pass: epoch, step, loss (minus the ELBO, nats an image), images_per_second, seconds
     """
 
@@ -57,6 +68,7 @@ class Run:
     folder: Path | None = None
     guide: nn.Module | None = None
     poses: PoseModes | None = None
+    defocus: Defocus | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @staticmethod
@@ -92,17 +104,22 @@ class Run:
                 "build the model as it was fitted"
             ) from error
         source = particles if particles is not None else partial(open_again, record, folder)
-        return Run(model, source, folder, guide, poses, read_log(folder))
+        return Run(model, source, folder, guide, poses, read_defocus(folder), read_log(folder))
 
     @cached_property
     def _opened(self) -> Particles:
         """The particles as they came."""
         return self.source if isinstance(self.source, Particles) else self.source()
 
+    @property
+    def _focused(self) -> Particles:
+        """As they came, but for a defocus that was refined."""
+        return self._opened if self.defocus is None else self._opened.with_defocus(self.defocus.mean)
+
     @cached_property
     def particles(self) -> Particles:
-        """What the model was fitted to; where poses were found, at the best of each image."""
-        return self._opened if self.poses is None else self._opened.with_poses(*self.poses.best)
+        """What the model was fitted to; where poses were found, at the best of each image, its defocus at the mean."""
+        return self._focused if self.poses is None else self._focused.with_poses(*self.poses.best)
 
     @cached_property
     def apix(self) -> float:
@@ -138,7 +155,7 @@ class Run:
             yield from particles.batches(batch_size, device=self.device)
             return
         rows = particles.rows_in(self.particles)
-        about = self._opened if self._opened.has_poses else self.particles
+        about = self._focused if self._opened.has_poses else self.particles
         for batch in about[rows].batches(batch_size, device=self.device):
             yield replace(batch, index=rows.to(self.device)[batch.index])
 
@@ -171,12 +188,34 @@ class Run:
         z, z_cov = torch.cat(means).numpy(), torch.cat(covariances).numpy()
         return Latent(np.arange(particles.n_particles), z, z_cov)
 
-    def posterior(self, particles: Particles | None = None, draws: int = 500, **settings: Any) -> Any:
-        """Draws of all that is latent about particles, by default all of the run's, as ArviZ takes them.
+    def some(self, index: Sequence[int]) -> Particles:
+        """The run's particles of these numbers, each with all its images. ValueError where one is not there."""
+        numbers, count = torch.as_tensor(index, dtype=torch.long).flatten(), self.particles.n_particles
+        outside = numbers[(numbers < 0) | (numbers >= count)]
+        if len(outside) or not len(numbers):
+            named = f"particle {int(outside[0])}" if len(outside) else "no particle"
+            raise ValueError(f"{named} is asked for; the run has particles 0 to {count - 1}")
+        return self.particles[self.particles.images_of(numbers)]
+
+    def posterior(
+        self,
+        particles: Particles | None = None,
+        draws: int = 500,
+        *,
+        index: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> Any:
+        """Draws of all that is latent about particles, as ArviZ takes them.
 
         `pyro_cryo.inference.posterior` says what is in it and what the settings are.
+
+        particles: default: the run's own, or those with the numbers `index`, by which they are then named
         """
-        return posterior(self, self.particles if particles is None else particles, draws, **settings)
+        if particles is not None and index is not None:
+            raise ValueError("give particles or an index of the run's own, not both")
+        if index is None:
+            return posterior(self, self.particles if particles is None else particles, draws, **settings)
+        return posterior(self, self.some(index), draws, **settings).assign_coords(particle=list(index))
 
     def volume(self, z: Tensor | np.ndarray | None = None) -> Tensor:
         """Maps at z (zdim,) or (n, zdim): (D, D, D) or (n, D, D, D), z-y-x, on the scale of the images.
@@ -207,15 +246,18 @@ class Run:
         self.model.write_results(self.folder, self.particles)
 
     def _pose_columns(self) -> dict[str, np.ndarray]:
-        """How unsure each image's pose is, in columns that RELION carries along."""
+        """How unsure each image's pose and defocus are, in columns that RELION carries along."""
         if self.poses is None:
             return {}
         spread = self.poses.spread
-        return {
+        columns = {
             "pyroCryoAngleSdDeg": spread.angle_deg.numpy(),
             "pyroCryoShiftSdPx": spread.shift_px.numpy(),
             "pyroCryoPoseEntropy": spread.entropy.numpy(),
         }
+        if self.defocus is not None:
+            columns["pyroCryoDefocusSdAngst"] = self.defocus.sd.numpy()
+        return columns
 
 
 def guide_of(model: CryoModel, poses: PoseModes | None) -> nn.Module:
@@ -232,16 +274,27 @@ def guide_of(model: CryoModel, poses: PoseModes | None) -> nn.Module:
 
 
 def write_poses(folder: Path, poses: PoseModes) -> None:
-    """poses.npz: rotation (N, K, 3, 3), translation (N, K, 2), precision (N, K, 5, 5) and log_weight (N, K)."""
-    write_arrays(folder / POSES, **{name: value.numpy() for name, value in vars(poses).items()})
+    """poses.npy, a row an image: rotation (K, 3, 3), translation (K, 2), precision (K, 5, 5) and log_weight (K,)."""
+    write_atomically(folder / POSES, lambda beside: write_table(beside, poses))
 
 
 def read_poses(folder: Path) -> PoseModes | None:
-    """What `write_poses` wrote, if it did."""
-    if not (folder / POSES).exists():
+    """What `write_poses` wrote, if it did: mapped, a row is read when it is asked for."""
+    return open_table(folder / POSES) if (folder / POSES).exists() else None
+
+
+def write_defocus(folder: Path, defocus: Defocus | None) -> None:
+    """defocus.npz, where it was refined: mean (N,) and sd (N,) of what to add to the table's, angstrom."""
+    if defocus is not None:
+        write_arrays(folder / DEFOCUS, mean=defocus.mean.numpy(), sd=defocus.sd.numpy())
+
+
+def read_defocus(folder: Path) -> Defocus | None:
+    """What `write_defocus` wrote, if it did."""
+    if not (folder / DEFOCUS).exists():
         return None
-    with np.load(folder / POSES) as file:
-        return PoseModes(*(torch.from_numpy(file[field.name]) for field in fields(PoseModes)))
+    with np.load(folder / DEFOCUS) as file:
+        return Defocus(torch.from_numpy(file["mean"]), torch.from_numpy(file["sd"]))
 
 
 def open_again(record: dict[str, Any], folder: Path) -> Particles:

@@ -7,6 +7,10 @@
 with s in cycles an angstrom and theta from the x axis (RELION's zero of the astigmatism angle). The sign is
 the one of a bright particle on a dark ground: positive where an underfocused image has positive contrast, A at
 s = 0. Rohou and Grigorieff, J. Struct. Biol. 192 (2015), equations 2 to 5.
+
+d angstrom more of both U and V turn the function towards its quadrature, that of a phase shift larger by 90 degrees:
+
+    ctf(s; d) = cos(phi) ctf(s) + sin(phi) quadrature(s),  phi = pi lambda |s|^2 d
 """
 
 from __future__ import annotations
@@ -44,6 +48,16 @@ class CTF:
     def to(self, device: torch.device | str) -> CTF:
         """The same optics on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def defocused(self, offset_angstrom: Tensor) -> CTF:
+        """With (N,) more of both defocus values."""
+        u, v = self.defocus_u_angstrom + offset_angstrom, self.defocus_v_angstrom + offset_angstrom
+        return replace(self, defocus_u_angstrom=u, defocus_v_angstrom=v)
+
+    @property
+    def quadrature(self) -> CTF:
+        """With 90 degrees more of phase shift."""
+        return replace(self, phase_shift_deg=self.phase_shift_deg + 90)
 
     def __call__(self, frequency: Tensor) -> Tensor:
         """The function at frequencies (P, 2) or (N, P, 2), x-y, in cycles an angstrom: (N, P)."""

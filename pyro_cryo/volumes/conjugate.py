@@ -10,6 +10,7 @@ exact draws: solve for a right-hand side with the covariance H.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -170,8 +171,7 @@ class VoxelPosterior:
         b, device = len(self.scale), self.rhs.device
         draws = []
         for _ in range(count):
-            noise = torch.randn(2 * b, 2 * b, 2 * b, generator=generator).to(device)
-            score = torch.fft.irfftn(torch.fft.rfftn(noise) * self.spectrum.sqrt(), s=(2 * b,) * 3)[:b, :b, :b]
+            score = score_noise(self.spectrum, generator)
             prior = torch.randn(b, b, b, generator=generator).to(device)
             draws.append(self._solve((self.whiten(score) + prior)[None], tolerance, None))
         return torch.cat(draws)
@@ -204,49 +204,73 @@ class VoxelPosterior:
         square = self.scale.square()
         typical = square.square().mean() / square.mean()  # of scale^2, where there is density
         weak = shell_values(1 / (1 + typical * self.seen * self.tau.square()), b)
-        twice = _stands_for(b, rhs.device)
+        twice = stands_for(b, rhs.device)
 
         def operator(e: Tensor) -> Tensor:
-            score = convolve(self.spectrum, self.scale * _to_voxels(tau * e))
-            return torch.addcmul(e, tau, _to_coefficients(self.scale * score))
+            score = convolve(self.spectrum, self.scale * to_voxels(tau * e))
+            return torch.addcmul(e, tau, to_coefficients(self.scale * score))
 
         def dot(a: Tensor, c: Tensor) -> Tensor:
             return ((a.real * c.real + a.imag * c.imag) * twice).sum((-3, -2, -1), keepdim=True)
 
-        right = _to_coefficients(rhs)
-        if start is None:
-            e, residual = torch.zeros_like(right), right.clone()
-        else:
-            e = _to_coefficients(start).expand_as(right).clone()
-            residual = right - operator(e)
+        first = None if start is None else to_coefficients(start).expand(rhs.shape[0], *weak.shape)
+        return to_voxels(conjugate_gradients(operator, to_coefficients(rhs), weak, dot, tolerance, first))
+
+
+def score_noise(spectrum: Tensor, generator: torch.Generator) -> Tensor:
+    """What noise in the images does to their score, A^H W times noise: a draw (b, b, b) of covariance A^H W A."""
+    n = spectrum.shape[0]
+    noise = torch.randn(n, n, n, generator=generator).to(spectrum.device)
+    return torch.fft.irfftn(torch.fft.rfftn(noise) * spectrum.sqrt(), s=(n,) * 3)[: n // 2, : n // 2, : n // 2]
+
+
+def conjugate_gradients(
+    operator: Callable[[Tensor], Tensor],
+    right: Tensor,
+    weak: Tensor,
+    dot: Callable[[Tensor, Tensor], Tensor],
+    tolerance: float,
+    start: Tensor | None = None,
+) -> Tensor:
+    """e with operator(e) = right, from 0 or `start`; weak is the preconditioner, a factor of each coefficient.
+
+    dot gives one inner product, or one of each system of a batch that are solved side by side.
+    """
+    if start is None:
+        e, residual = torch.zeros_like(right), right.clone()
+    else:
+        e = start.clone()
+        residual = right - operator(e)
+    z = weak * residual
+    direction, rz = z, dot(residual, z)
+    target = tolerance**2 * dot(right, weak * right)
+    for _ in range(300):
+        if bool((rz <= target).all()):
+            break
+        image = operator(direction)
+        curvature = dot(direction, image)
+        if not bool((curvature > 0).all()):  # beyond what single precision resolves
+            break
+        step = rz / curvature
+        e.addcmul_(step, direction)
+        residual.addcmul_(step, image, value=-1)
         z = weak * residual
-        direction, rz = z, dot(residual, z)
-        target = tolerance**2 * dot(right, weak * right)
-        for _ in range(300):
-            if bool((rz <= target).all()):
-                break
-            image = operator(direction)
-            curvature = dot(direction, image)
-            if not bool((curvature > 0).all()):  # beyond what single precision resolves
-                break
-            step = rz / curvature
-            e.addcmul_(step, direction)
-            residual.addcmul_(step, image, value=-1)
-            z = weak * residual
-            previous, rz = rz, dot(residual, z)
-            direction = torch.addcmul(z, rz / previous.clamp_min(1e-30), direction)
-        return _to_voxels(e)
+        previous, rz = rz, dot(residual, z)
+        direction = torch.addcmul(z, rz / previous.clamp_min(1e-30), direction)
+    return e
 
 
-def _to_coefficients(volume: Tensor) -> Tensor:
+def to_coefficients(volume: Tensor) -> Tensor:
+    """The unitary transform of voxels: (*batch, b, b, b) -> (*batch, b, b, b / 2 + 1)."""
     return torch.fft.rfftn(volume, dim=(-3, -2, -1), norm="ortho")
 
 
-def _to_voxels(coefficients: Tensor) -> Tensor:
+def to_voxels(coefficients: Tensor) -> Tensor:
+    """Its inverse."""
     return torch.fft.irfftn(coefficients, s=(coefficients.shape[-2],) * 3, dim=(-3, -2, -1), norm="ortho")
 
 
-def _stands_for(n: int, device: torch.device) -> Tensor:
+def stands_for(n: int, device: torch.device) -> Tensor:
     """How many of the n columns of kx each of the n / 2 + 1 stored ones stands for."""
     twice = torch.full((n // 2 + 1,), 2.0, device=device)
     twice[0] = twice[-1] = 1.0
@@ -275,6 +299,17 @@ def mackay_tau(posterior: VoxelPosterior, mean: Tensor) -> Tensor:
     gamma = posterior.determined().clamp_min(0.02)
     power = posterior.order * shell_power(posterior.colour(mean), len(posterior.tau))
     return floor_tau(power / gamma, posterior.information())
+
+
+def settled(posterior: VoxelPosterior, steps: int, tolerance: float) -> tuple[VoxelPosterior, Tensor]:
+    """The posterior after so many steps of MacKay's fixed point for tau, and its mean e (b, b, b)."""
+    mean = posterior.mean(tolerance)
+    for _ in range(steps):
+        tau = mackay_tau(posterior, mean)
+        start = filter_shells(mean, posterior.tau / tau)
+        posterior = posterior.with_tau(tau)
+        mean = posterior.mean(tolerance, start=start)
+    return posterior, mean
 
 
 def floor_tau(variance: Tensor, information: Tensor) -> Tensor:
@@ -308,7 +343,7 @@ def shell_mean(values: Tensor, shells: int, scale: float = 1.0) -> Tensor:
 def _shell_layout(n: int, shells: int, scale: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Shell of every stored coefficient of an n cube (those beyond go to one more), how often each counts, how many."""
     index = (half_radius(n, device) * scale).round().long().clamp_max(shells).flatten()
-    twice = _stands_for(n, index.device)
+    twice = stands_for(n, index.device)
     count = torch.zeros(shells + 1, device=device).index_add_(0, index, twice.expand(n, n, -1).flatten())
     return index, twice, count[:shells].clamp_min(1)
 

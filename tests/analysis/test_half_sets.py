@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_cryo.analysis.check_plots import motion_fsc
 from pyro_cryo.analysis.half_sets import HalfSets, compare, half_sets, told
-from pyro_cryo.analysis.plots import motion_fsc
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.inference.run import Run

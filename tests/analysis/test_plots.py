@@ -9,17 +9,21 @@ import pytest
 import torch
 
 from pyro_cryo.analysis.calibration import calibration, simultaneous_band
+from pyro_cryo.analysis.check_plots import (
+    image_misfit,
+    latent_uncertainty,
+    pareto_k,
+    rank_deviation,
+    residual_spectrum,
+)
 from pyro_cryo.analysis.latent import kmeans, pca
 from pyro_cryo.analysis.plots import (
     central_sections,
     fsc_curves,
-    image_misfit,
     latent_density,
     learning_curve,
     map_series,
     pose_distribution,
-    rank_deviation,
-    residual_spectrum,
 )
 from pyro_cryo.analysis.predictive import ImageFit, ResidualPower
 from pyro_cryo.guides.poses import PoseSpread
@@ -165,3 +169,24 @@ def test_misfit_counts_every_image_and_names_how_many_are_junk() -> None:
 def test_importing_the_plots_does_not_import_matplotlib() -> None:
     code = "import sys, pyro_cryo.analysis.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_share_of_particles_whose_draws_can_be_taken_is_written() -> None:
+    (axes,) = pareto_k(np.array([-np.inf, 0.2, 0.6, 1.0, 9.0])).axes
+    assert texts(axes) == ["60% below 0.7"]
+    assert sum(patch.get_height() for patch in axes.patches) == 5
+
+
+def test_ellipses_hold_the_share_that_they_say() -> None:
+    rng = np.random.default_rng(0)
+    covariance = np.array([[2.0, 0.5], [0.5, 0.4]])
+    z = 10 * rng.normal(size=(40, 2))
+    (axes,) = latent_uncertainty(z, np.tile(covariance, (40, 1, 1)), count=5).axes
+    assert len(axes.patches) == 5
+    drawn = rng.multivariate_normal(np.zeros(2), covariance, 4000) @ pca(z).axes.T
+    inside = (
+        axes.patches[0]
+        .get_path()
+        .contains_points(axes.patches[0].get_patch_transform().inverted().transform(drawn + axes.patches[0].center))
+    )
+    assert abs(inside.mean() - 0.9) < 0.02

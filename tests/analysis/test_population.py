@@ -10,9 +10,9 @@ import torch
 from images import blobs, observed, seen_together
 from torch import Tensor
 
+from pyro_cryo.analysis.check_plots import free_energy_profile
 from pyro_cryo.analysis.free_energy import FreeEnergy, along_path, free_energy
 from pyro_cryo.analysis.likelihoods import log_likelihoods
-from pyro_cryo.analysis.plots import free_energy_profile
 from pyro_cryo.analysis.population import binned, most_probable, relative, smooth_draws
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles

@@ -339,6 +339,28 @@ def test_new_poses_are_written(case, tmp_path: Path) -> None:
     assert not (tmp_path / "bad.star").exists()
 
 
+def test_new_defocus_is_written(case, tmp_path: Path) -> None:
+    particles = Particles.open(case.star())
+    offset = torch.linspace(-300, 500, len(particles))
+    particles.with_defocus(offset).write_star(tmp_path / "new.star")
+    again = Particles.open(tmp_path / "new.star").ctf
+    assert particles.ctf is not None
+    assert again is not None
+    torch.testing.assert_close(again.defocus_u_angstrom, particles.ctf.defocus_u_angstrom + offset, atol=0.01, rtol=0)
+    torch.testing.assert_close(again.defocus_v_angstrom, particles.ctf.defocus_v_angstrom + offset, atol=0.01, rtol=0)
+    torch.testing.assert_close(again.defocus_angle_deg, particles.ctf.defocus_angle_deg)
+
+
+def test_defocus_that_cannot_be_refined(case) -> None:
+    premultiplied = Particles.open(case.star(optics=lambda t: t.assign(rlnCtfDataAreCtfPremultiplied=1)))
+    with pytest.raises(ValueError, match="were multiplied by their CTF, whose defocus then stays"):
+        premultiplied.with_defocus(torch.zeros(len(premultiplied)))
+    with pytest.warns(UserWarning, match="free of CTF"):
+        bare = Particles.open(case.star(no_ctf))
+    with pytest.raises(ValueError, match="has no CTF, and so no defocus to refine"):
+        bare.with_defocus(torch.zeros(len(bare)))
+
+
 def test_overrides_survive_being_written(case, tmp_path: Path) -> None:
     """Pickled optics and poses and another pixel size: the table that is written says them, not what the input said."""
     import pickle

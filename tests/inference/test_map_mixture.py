@@ -1,4 +1,4 @@
-"""Several maps from one, and poses in them, from nothing."""
+"""Several maps from one, and poses in them, from nothing; going on after a kill."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from images import hinge_images
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import simulate, ten_classes
 from pyro_cryo.inference import ab_initio as stages
+from pyro_cryo.inference import map_mixture
 from pyro_cryo.inference.ab_initio import ab_initio
-from pyro_cryo.inference.map_mixture import MapMixture, parted
+from pyro_cryo.inference.map_mixture import MapMixture
 from pyro_cryo.inference.pose_em import PoseEM
+from pyro_cryo.inference.search import Level
+from pyro_cryo.inference.stages import Reached
 
 BOX = 32
 
@@ -30,12 +34,14 @@ def test_images_of_two_kinds_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     some = particles[np.isin(state, (0, 9))]
     kind = torch.from_numpy((state[np.isin(state, (0, 9))] == 9).astype(np.int64))
     kept: list[MapMixture] = []
+    searched_in_all = stages._searched_in_all
 
-    def watched(em: PoseEM, known: object, count: int) -> MapMixture:
-        kept.append(parted(em, known, count))  # type: ignore[arg-type]
-        return kept[-1]
+    def watched(em: PoseEM, reached: Reached) -> Reached:
+        assert reached.mixture is not None
+        kept.append(reached.mixture)
+        return searched_in_all(em, reached)
 
-    monkeypatch.setattr(stages, "parted", watched)
+    monkeypatch.setattr(stages, "_searched_in_all", watched)
     found = ab_initio(some, torch.eye(3)[None], maps=2, shift_sd=1.0)
     (mixture,) = kept
     assert float(mixture.log_share.exp().sum()) == pytest.approx(1, abs=1e-5)
@@ -46,3 +52,36 @@ def test_images_of_two_kinds_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     agree = float((searched.which[:, 0] == kind).float().mean())
     assert max(agree, 1 - agree) > 0.9
     assert math.isfinite(found.evidence)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_maps_that_were_parting_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """In the first pass; in one on the box of the pass before, which counts on; in one on another box."""
+    particles = hinge_images(tmp_path / "one", 2, 60, BOX, 0.5)
+    for where, name, value in (
+        (map_mixture, "BANDS", (5, 5, 5, 5, 6, 6)),
+        (map_mixture, "SAMPLE", 20),
+        (stages, "RACE", (4,)),
+        (stages, "SETTLED", 1),
+        (stages, "SAMPLE", 30),
+        (stages, "JUDGED", 30),
+        (stages, "SEARCHED", (Level(1, 2, 6.0),)),
+    ):
+        monkeypatch.setattr(where, name, value)
+    whole = ab_initio(particles, torch.eye(3)[None], maps=2, shift_sd=1.0)
+    kept, passed, bands = tmp_path / "poses.pt", map_mixture.passed, []
+
+    def killed(em: PoseEM, mixture: MapMixture, kmax: float) -> MapMixture:
+        bands.append(kmax)
+        if len(bands) == stop:
+            raise KeyboardInterrupt
+        return passed(em, mixture, kmax)
+
+    monkeypatch.setattr(map_mixture, "passed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ab_initio(particles, torch.eye(3)[None], maps=2, shift_sd=1.0, kept=kept)
+    again = ab_initio(particles, torch.eye(3)[None], maps=2, shift_sd=1.0, kept=kept)
+    assert len(bands) == 6 + 1  # one of them twice
+    for a, b in zip((*whole.modes.tensors, whole.volume), (*again.modes.tensors, again.volume), strict=True):
+        torch.testing.assert_close(a, b)
+    assert again.evidence == whole.evidence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from images import hinge_images
 
 from pyro_cryo.analysis.fsc import fsc
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.pose_table import PoseTable
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
 from pyro_cryo.inference.pose_em import PoseEM, Solved
 from pyro_cryo.inference.reconstruct import image_power, reconstruct
@@ -90,13 +88,3 @@ def test_a_map_on_another_box_is_the_same_map(known: Solved) -> None:
     torch.testing.assert_close(there.on(20).volume, there.volume)
     assert there.on(BOX).variance.shape == (BOX // 2 + 1,)
     torch.testing.assert_close(there.on(BOX).on(20).variance, there.variance)
-
-
-def test_poses_in_a_file_climb_as_those_in_memory(particles: Particles, known: Solved, tmp_path: Path) -> None:
-    prior, some = perturbed(particles, 4.0, 0.5), torch.arange(60)
-    held, table = PoseModes.single(prior.rotation, prior.translation)[some], PoseTable.create(tmp_path / "poses", 60, 1)
-    table[some] = held
-    for modes in (held, table):
-        passes(particles, prior).climb(some, modes, known, 8.0, 3)
-    for there, here in zip(PoseTable.open(tmp_path / "poses").tensors, held.tensors, strict=True):
-        torch.testing.assert_close(there, here)

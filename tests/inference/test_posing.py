@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import hinge_images
+from images import fine_images, hinge_images
 from torch import nn
 
 from pyro_cryo.data.particles import Particles
@@ -110,9 +110,8 @@ def test_a_fit_killed_after_the_poses_does_not_find_them_again(
 
 def test_other_poses_are_not_resumed(rough: Particles, run: Run) -> None:
     assert run.folder is not None
-    with pytest.raises(
-        ValueError, match=r"was fitted with poses PoseAbout\(turn_sd_deg=6, shift_sd_px=1.5\), not KnownPose\(\)"
-    ):
+    said = r"PoseAbout\(turn_sd_deg=6, shift_sd_px=1.5, defocus_sd_angstrom=0\), not KnownPose\(\)"
+    with pytest.raises(ValueError, match=f"was fitted with poses {said}"):
         fit(Homogeneous(BOX), rough, run.folder, resume=True)
 
 
@@ -122,7 +121,7 @@ def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypa
     def ab_initio(particles: Particles, symmetry: torch.Tensor, *, shift_sd: float, **how: object) -> object:
         asked.append(shift_sd)
         modes = PoseModes.single(true.rotation, true.translation)
-        return type("Posed", (), {"modes": modes})
+        return type("Posed", (), {"modes": modes, "defocus": None})
 
     monkeypatch.setattr(posing, "ab_initio", ab_initio)
     model = Homogeneous(BOX)
@@ -130,6 +129,28 @@ def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypa
     run = fit(model, true)
     assert asked == [1.25]
     torch.testing.assert_close(run.particles.rotation, true.rotation)
+
+
+def test_defocus_is_refined_where_the_prior_has_a_spread_of_it(tmp_path: Path) -> None:
+    true = fine_images(tmp_path / "fine", 60, 24, 0.5)
+    off = 500 * torch.randn(60, generator=torch.Generator().manual_seed(2))
+    rough, model = true.with_defocus(off), Homogeneous(24)
+    model.poses = PoseAbout(turn_sd_deg=2.0, shift_sd_px=0.5, defocus_sd_angstrom=400.0)
+    run = fit(model, rough, tmp_path / "run")
+    assert run.defocus is not None
+    assert float(model.poses.defocus_sd) == pytest.approx(run.defocus.spread)
+    again = Run.load(tmp_path / "run", particles=rough)
+    assert again.defocus is not None
+    torch.testing.assert_close(again.defocus.sd, run.defocus.sd)
+    written = Particles.open(tmp_path / "run" / "particles.star")
+    assert true.ctf is not None
+    for particles in (run.particles, again.particles, written):
+        assert particles.ctf is not None
+        moved_by = particles.ctf.defocus_v_angstrom - true.ctf.defocus_v_angstrom
+        torch.testing.assert_close(moved_by, off + run.defocus.mean, atol=0.1, rtol=0)
+    rows = read_star(tmp_path / "run" / "particles.star")["particles"]
+    said = torch.from_numpy(np.asarray(rows["pyroCryoDefocusSdAngst"], np.float32))
+    torch.testing.assert_close(said, run.defocus.sd, atol=0.1, rtol=0)
 
 
 def test_images_of_a_particle_stay_together(true: Particles) -> None:

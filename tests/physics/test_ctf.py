@@ -113,6 +113,15 @@ def test_b_factor_and_scale_multiply() -> None:
     torch.testing.assert_close(damped, 0.7 * plain * torch.exp(-80.0 * s.square().sum(-1) / 4))
 
 
+def test_more_defocus_turns_it_towards_its_quadrature() -> None:
+    images = optics(defocus_u_angstrom=[12_000.0, 21_000.0], defocus_angle_deg=40.0, bfactor_angstrom2=50.0)
+    offset = torch.tensor([400.0, -900.0], dtype=torch.float64)
+    s = fft_frequencies(24, 1.5).reshape(-1, 2)
+    phi = math.pi * electron_wavelength(images.voltage_kv)[:, None] * s.square().sum(-1) * offset[:, None]
+    turned = phi.cos() * images(s) + phi.sin() * images.quadrature(s)
+    torch.testing.assert_close(images.defocused(offset)(s), turned)
+
+
 def test_frequencies_of_each_image_and_rows() -> None:
     images = optics(defocus_u_angstrom=[10_000.0, 20_000.0, 30_000.0])
     assert len(images) == 3

@@ -1,0 +1,222 @@
+"""Is this posterior to be trusted? Every question that a run can answer of itself, with a verdict and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pyro_cryo.analysis import check_plots, plots
+from pyro_cryo.analysis.association import FEWEST, pose_association
+from pyro_cryo.analysis.calibration import sbc
+from pyro_cryo.analysis.half_sets import half_sets
+from pyro_cryo.analysis.predictive import image_fit, residual_power
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference.draws import drawn
+from pyro_cryo.inference.importance import GOOD, pareto_smoothed
+from pyro_cryo.inference.run import Run
+from pyro_cryo.progress import Progress, quiet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SOUND, LOOK, BAD = "sound", "look at it", "not to be trusted"
+WEIGHED = 100  # draws of a particle that tell k
+RANKED = 39  # draws of a simulated particle among which its truth is ranked
+STILL_FALLS = 0.02  # of a loss's fall over the second half of its passes, in the last: the fit is not done
+TOLERATED = 0.05  # of the noise's power, that a residual may be off whatever the count of images
+JUNK = 0.01  # share of images that may fit badly
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, answered.
+
+    question: as a user would ask it
+    verdict:  sound, look at it or not to be trusted
+    said:     what was found, in numbers
+    reading:  how to read the picture, and what to do where the verdict is not sound
+    figure:   the picture, where there is one
+    """
+
+    question: str
+    verdict: str
+    said: str
+    reading: str
+    figure: Figure | None = None
+
+
+def check(
+    run: Run, particles: int = 300, seed: int = 0, halves: bool = False, progress: Progress = quiet
+) -> list[Answer]:
+    """What can be asked of a run, answered from its own particles.
+
+    particles: at most so many are weighed, and as many simulated; images and poses are looked at ten times as many
+    halves:    also fit two halves of the particles anew, and see whether the motion comes back: as long as the fit
+    """
+    some, many = (spread(run.particles, count) for count in (particles, 10 * particles))
+    questions = [lambda: _converged(run), lambda: _noise(run, many, seed), lambda: _images(run, many, seed)]
+    if run.model.zdim or run.poses is not None:
+        questions.append(lambda: _weights(run, some, seed))
+    if run.model.zdim:
+        questions.append(lambda: _known(run))
+    if run.model.zdim and run.poses is None:
+        questions.append(lambda: _calibrated(run, some, seed))
+    if run.model.zdim:
+        questions.append(lambda: _associated(run, many, seed))
+    if run.model.zdim and halves:
+        questions.append(lambda: _reproduced(run, seed))
+    return [answer for ask in progress(iter(questions), len(questions), "check") for answer in ask()]
+
+
+def overall(answers: list[Answer]) -> str:
+    """The worst of the verdicts."""
+    return max((answer.verdict for answer in answers), key=(SOUND, LOOK, BAD).index)
+
+
+def spread(particles: Particles, count: int) -> Particles:
+    """At most so many particles, evenly from all of them, each with all its images."""
+    total = particles.n_particles
+    return particles[particles.images_of(torch.linspace(0, total - 1, min(count, total)).round().long())]
+
+
+def _converged(run: Run) -> Iterator[Answer]:
+    loss = [float(record["loss"]) for record in run.records if record.get("loss") is not None]
+    if len(loss) < 4:
+        return
+    last, before = loss[-2] - loss[-1], loss[len(loss) // 2] - loss[-1]
+    share = last / before if before > 0 else 0.0
+    yield Answer(
+        "Has the fit converged?",
+        LOOK if share > max(STILL_FALLS, 2 / len(loss)) and last > 0.01 else SOUND,
+        f"The last pass lowered the loss by {last:.3f} nats an image, of {before:.3f} since half of the passes.",
+        "The loss should be level at its end. Where it still falls, give more epochs.",
+        plots.learning_curve(run.records),
+    )
+
+
+def _noise(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
+    found = residual_power(run, particles, seed)
+    low, high = found.band()
+    off = (found.power - 1).abs()
+    beyond = (found.power < low) | (found.power > high)
+    worst = float(off.nan_to_num(0).max())
+    bad = bool((beyond & (off > TOLERATED)).any())
+    yield Answer(
+        "Is what the model leaves of the images noise, as strong as it says?",
+        LOOK if bad else SOUND,
+        f"Of {len(particles):,} images the residual's power is at most {100 * worst:.1f}% off the noise's in a shell.",
+        "The power of the residual over that of the noise is 1 where the model is right. Above 1 in some shells, maps "
+        "or poses lack something there; below, the noise is taken for too strong, and posteriors are too wide.",
+        check_plots.residual_spectrum(found, run.apix),
+    )
+
+
+def _images(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
+    found = image_fit(run, particles, seed)
+    junk = found.junk()
+    share = len(junk) / len(found.index)
+    named = f", the first of them {', '.join(map(str, junk[:10]))}" if len(junk) else ""
+    yield Answer(
+        "Are there images that the model cannot explain?",
+        LOOK if share > JUNK else SOUND,
+        f"{len(junk):,} of {len(found.index):,} images fit worse than the model's own would{named}.",
+        "Both histograms should follow the curve. Images far to the right of the first have more noise than others; "
+        "those far to the left of the second show no particle, or another. Leave them out (--subset), or fit "
+        "robust_noise.",
+        check_plots.image_misfit(found),
+    )
+
+
+def _weights(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
+    parts = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in run.batches(particles, 64):
+            parts.append(pareto_smoothed(drawn(run, batch, WEIGHED, WEIGHED).log_weight)[1])
+    k = torch.cat(parts).numpy()
+    exact, bad = float(np.isneginf(k).mean()), float((k >= GOOD).mean())
+    said = (
+        f"Draws of all of {len(k)} particles weigh the same: the guide is the posterior."
+        if exact == 1
+        else f"k is {GOOD} or more for {100 * bad:.0f}% of {len(k)} particles, {np.median(k):.2f} in the middle."
+    )
+    yield Answer(
+        "Are the draws of z and pose from the posterior?",
+        SOUND if bad < 0.05 else LOOK if bad < 0.5 else BAD,
+        said,
+        "k is the tail of the weights p / q. Below 0.5 draws can be taken as they are, below 0.7 with their weights "
+        "(posterior --corrected); above, the guide misses a part of that particle's posterior, and its uncertainty is "
+        "not to be trusted: try --semi-amortised.",
+        None if exact == 1 else check_plots.pareto_k(k),
+    )
+
+
+def _known(run: Run) -> Iterator[Answer]:
+    latent = run.latent
+    within = float(np.trace(latent.z_cov, axis1=1, axis2=2).mean())
+    between = float(latent.z.var(0).sum())
+    share = between / (between + within)
+    yield Answer(
+        "How much do the images tell of z?",
+        SOUND if share > 0.5 else LOOK,
+        f"Between particles lie {100 * share:.0f}% of the variance of z; the rest is what one does not know of each.",
+        "A dot is a particle's posterior mean, an ellipse holds 90% of its posterior. Where ellipses are as large as "
+        "the cloud, single particles say little, and clusters of means are no states.",
+        check_plots.latent_uncertainty(latent.z, latent.z_cov) if latent.z.shape[1] > 1 else None,
+    )
+
+
+def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
+    found = sbc(run, particles, RANKED, seed)
+    p_value = min(float(one.uniformity().p_value.min()) for one in found.values())
+    tests = sum(one.ranks.shape[1] for one in found.values())
+    z = found["z"]
+    coverage = z.coverage(0.9)
+    interval, region = float(coverage.interval.mean()), float(coverage.region)
+    sure = min(interval, region)
+    yield Answer(
+        "Are posteriors of z as wide as they should be?",
+        SOUND if p_value * tests > 0.01 or abs(sure - 0.9) < 0.05 else LOOK if sure > 0.8 else BAD,
+        f"Of {len(z.ranks)} particles that the fitted model made itself {100 * interval:.0f}% of coordinates lie in "
+        f"their 90% intervals and {100 * region:.0f}% of particles in their 90% regions; posteriors are "
+        f"{float(z.sharpness.mean()):.2f} as wide as the population.",
+        "Lines should stay in the band. Above it at the left and below it at the right, posteriors are too narrow: "
+        "what looks like two states may be one. A posterior as wide as the population knows nothing.",
+        check_plots.rank_deviation(found),
+    )
+
+
+def _associated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
+    if particles.n_particles < FEWEST:
+        return
+    z = run.latent.z
+    if not np.ptp(z, axis=0).any():
+        return
+    found = pose_association(run, particles, seed)
+    yield Answer(
+        "Does z know the pose? It should not.",
+        SOUND if found.p_value > 0.05 else LOOK if found.share < 0.02 and found.largest < 0.05 else BAD,
+        f"p = {found.p_value:.3f} for {found.particles:,} particles; the pose explains {100 * found.share:.1f}% of the "
+        "variance of z" + ("." if found.p_value > 0.05 else f", most by the {found.part}."),
+        "A draw of z from each particle's posterior is independent of its pose where the motion is real. Where it is "
+        "not, z explains errors of the poses or of the mask: refine the poses, widen the mask, and see whether the "
+        "motion stays.",
+    )
+
+
+def _reproduced(run: Run, seed: int) -> Iterator[Answer]:
+    found = half_sets(lambda: type(run.model)(**run.model.arguments), run.particles, seed)
+    r2 = min(found.r2)
+    yield Answer(
+        "Does the motion come back in the other half of the particles?",
+        SOUND if r2 > 0.5 and np.isfinite(found.resolution_angstrom) else BAD,
+        f"z of one half tells {100 * r2:.0f}% of the other's; both show the same motion to "
+        f"{found.resolution_angstrom:.1f} A.",
+        "The FSC of the motion alone, between maps of both halves at the same shapes, less each half's mean. The "
+        "dotted line is what shapes matched at random would give.",
+        check_plots.motion_fsc(found),
+    )

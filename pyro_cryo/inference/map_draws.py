@@ -1,0 +1,193 @@
+"""Draws of maps from their posterior given images, noise and prior as they were fitted, poses as they are.
+
+One map has a Gaussian posterior, and its draws are independent. In a family V(z) = sum_c y_c(z) V_c the z are not known
+either, and what the images would say of the maps if they were overstates what they do. So draws are a Gibbs chain on
+both (data augmentation: Tanner and Wong, J. Am. Stat. Assoc. 82 (1987) 528): given the maps, z and the contrast of
+every particle from their exact posterior; given these, all maps together (`volumes.joint`). It begins at the fitted
+maps, and each step is a pass over the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_cryo.data.particles import Particles
+from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Seen
+from pyro_cryo.inference.em import EM, Maps
+from pyro_cryo.inference.family import with_band
+from pyro_cryo.progress import Progress, quiet
+from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, settled
+from pyro_cryo.volumes.prior import MapPrior
+
+WARM_UP = 10  # steps of a chain before its first draw
+SETTLING = 4  # steps of MacKay's fixed point
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class StillDraw:
+    """A draw of the one map of all particles."""
+
+    volume: Tensor
+
+    def of(self, particle: int) -> Tensor:
+        """(D, D, D)"""
+        return self.volume
+
+    def at(self, z: Tensor) -> Tensor:
+        """(D, D, D)"""
+        return self.volume
+
+
+@dataclass(frozen=True)
+class FamilyDraw:
+    """A draw of the maps of a family and of the z of every particle.
+
+    maps:      (C, b, b, b) on the scale of images cropped to b pixels
+    z:         (N, r)
+    consensus: (D, D, D), the map beyond the band limit of the family; None where that is the box's
+    turn:      (1 + r, r) what z the draw has where the fit has z: (1, z) turn
+    """
+
+    maps: Tensor
+    z: Tensor
+    coefficients: Coefficients
+    consensus: Tensor | None
+    turn: Tensor
+
+    def of(self, particle: int) -> Tensor:
+        """The map (D, D, D) of a particle, at a contrast of 1."""
+        return self._map(self.z[particle])
+
+    def at(self, z: Tensor) -> Tensor:
+        """The map (D, D, D) of what the fit has at z (r,)."""
+        return self._map(torch.cat([torch.ones_like(z[:1]), z]) @ self.turn)
+
+    def _map(self, z: Tensor) -> Tensor:
+        low = torch.einsum("c,czyx->zyx", self.coefficients.at(z[None])[0], self.maps)
+        return low if self.consensus is None else with_band(self.consensus, low)
+
+
+def still_draws(
+    particles: Particles,
+    sigma: Tensor,
+    prior: MapPrior,
+    symmetry: Tensor,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> Iterator[StillDraw]:
+    """Independent draws of the map of all particles, after one pass over them; sigma (noise groups, D / 2 + 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    equations = NormalEquations.empty(particles.box, sigma.device)
+    batches = particles.batches(BATCH, device=sigma.device)
+    for batch in progress(batches, particles.n_batches(BATCH), "posterior"):
+        equations.add(batch, sigma, symmetry)
+    posterior = still_posterior(equations, prior, len(symmetry))
+    mean = posterior.to_map(posterior.mean(1e-3))
+    while True:
+        yield StillDraw(mean + deviation(posterior, generator))
+
+
+def still_posterior(equations: NormalEquations, prior: MapPrior, order: int) -> VoxelPosterior:
+    """The posterior of one map, tau being settled.
+
+    A fit takes one step of MacKay's fixed point, after which maps correlate best with the truth. Its tau is still too
+    large in the lowest shells, and with it the sd of voxels inside the molecule, by a fifth.
+    """
+    return settled(equations.posterior(prior.scale, prior.tau, order=order), SETTLING, 3e-2)[0]
+
+
+def deviation(posterior: VoxelPosterior, generator: torch.Generator) -> Tensor:
+    """A draw of a map minus its posterior mean: (D, D, D).
+
+    That of a symmetric map is narrower by the order of its group, R and R S counting as one view.
+    """
+    return posterior.to_map(posterior.deviations(1, generator)[0]) / posterior.order**0.5
+
+
+def family_draws(
+    particles: Particles,
+    maps: Maps,
+    coefficients: Coefficients,
+    consensus: MapPrior,
+    symmetry: Tensor,
+    seed: int = 0,
+    progress: Progress = quiet,
+) -> Iterator[FamilyDraw]:
+    """A chain of draws of a family's maps, each after one pass over the particles, `WARM_UP` passes before the first.
+
+    maps:      as fitted, on b voxels, sigma that of the whole box (noise groups, D / 2 + 1)
+    consensus: prior of the one map that is shown beyond b / 2
+    """
+    generator, side = torch.Generator().manual_seed(seed), maps.box
+    beyond: Iterator[StillDraw] | None = None
+    if side < particles.box:
+        beyond = still_draws(particles, maps.sigma, consensus, symmetry, seed + 1, progress)
+    sigma = maps.sigma[:, : side // 2 + 1] * (side / particles.box)
+    chain = _Chain(
+        EM(replace(particles, box=side), replace(maps, sigma=sigma), coefficients, symmetry), coefficients, generator
+    )
+    chain.step()
+    fitted = chain.mean
+    for _ in progress(range(1, WARM_UP), WARM_UP - 1, "warm-up", unit="pass"):
+        chain.step()
+    while True:
+        chain.step()
+        volume = None if beyond is None else next(beyond).volume
+        yield FamilyDraw(chain.em.maps.values, chain.z, coefficients, volume, turn_of(coefficients, fitted, chain.z))
+
+
+def turn_of(coefficients: Coefficients, fitted: Tensor, drawn: Tensor) -> Tensor:
+    """`FamilyDraw.turn`, from the posterior means of z (N, r) in the fit and the z (N, r) of a draw.
+
+    A linear family says the same turned and moved, and a chain strays along that: E[drawn | fitted] is what the fit's z
+    are in the draw. Where z is one of given points nothing strays.
+    """
+    one = torch.cat([torch.ones_like(fitted[:, :1]), fitted], 1)
+    same = torch.cat([torch.zeros_like(fitted[:1]), torch.eye(fitted.shape[1]).to(fitted)])
+    if not isinstance(coefficients, LinearCoefficients):
+        return same
+    ridge = 1e-3 * len(one) * torch.eye(one.shape[1]).to(one)  # of a z that no image tells nothing is learned
+    return same + torch.linalg.solve(one.T @ one + ridge, one.T @ (drawn - fitted))
+
+
+class _Chain:
+    """Steps of a Gibbs chain: `z` (N, r) and `em.maps` after one, `mean` (N, r) what z was expected to be in it."""
+
+    def __init__(self, em: EM, coefficients: Coefficients, generator: torch.Generator) -> None:
+        self.em, self.coefficients, self.generator = em, coefficients, generator
+        self._z: list[Tensor] = []
+        self._mean: list[Tensor] = []
+
+    def step(self) -> None:
+        """z and contrasts given the maps, then the maps given these."""
+        self._z, self._mean = [], []
+        device = self.em.device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
+            self.em.sweep(self._drawn, self.generator)
+
+    @property
+    def z(self) -> Tensor:
+        return torch.cat(self._z)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.cat(self._mean)
+
+    def _drawn(self, said: Seen) -> Moments:
+        moments = self.coefficients.moments(said)
+        nodes: Any = poutine.trace(self.coefficients.sample).get_trace(said).nodes
+        z = nodes["z"]["value"]
+        a = nodes["contrast"]["value"] if "contrast" in nodes else torch.ones_like(moments.a)
+        self._z.append(z)
+        self._mean.append(moments.z)
+        y = a[:, None] * self.coefficients.at(z)
+        pairs = [v[:, :, None] * v[:, None, :] for v in (y, z)]
+        return replace(moments, y=y, yy=pairs[0], z=z, zz=pairs[1], a=a, aa=a.square())
