@@ -24,7 +24,10 @@ from pyro_cryo.inference.importance import GOOD
 from pyro_cryo.inference.run import Run
 from pyro_cryo.progress import Progress, quiet
 
-CLEAR = 3.0  # standard errors: they hold for the fits as they are, and others of as many particles would differ too
+CLEAR = 3.0  # errors
+REFIT = (
+    20.0  # nats, over as many particles as were fitted, by which two fits of one model differ (benchmarks/compare.py)
+)
 LEAST_NATS = 4.0  # in all: errors of smaller differences are not known well (Sivula et al., section 4)
 LEAST_PARTICLES = 100  # ... nor those of fewer (the same)
 MOST_BAD = 0.1  # of the particles, whose log p may be in doubt
@@ -73,10 +76,11 @@ def compare(
     draws: of what is latent, for each particle, where a run's guide is not the exact posterior; log p is then a bound,
            which k and how it rises with the draws say how to trust
 
-    A winner is better than each other fit by more than 3 standard errors of the paired difference and 4 nats in all,
-    on 100 particles or more; and that with what more draws could still give the other, whose k may be 0.7 or more for a
-    tenth of the particles. By chance that is one in 700 of fits that predict alike. Refitted to other particles their
-    difference varies as well, which a standard error does not say: for that 3, not 2.
+    A winner is better than each other fit by more than 3 errors of the paired difference and 4 nats in all, on 100
+    particles or more; and that with what more draws could still give the other, whose k may be bad for a tenth of the
+    particles. The standard error holds for the fits as they are. Two fits of one model from other seeds differ as well,
+    and many particles would show it clearly: 20 nats, over as many particles as were fitted, go into the error.
+    Networks differ by more: give fits of each model from several seeds, under names of their own.
 
     Raises ValueError, with the difference named, where images were not seen alike by the runs and as `particles` are;
     where some of these were fitted, and where a run would have to find their poses.
@@ -88,7 +92,7 @@ def compare(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         found = {name: evidence(run, particles, draws, batch_size, progress) for name, run in runs.items()}
-    winner, sentence = judged(found)
+    winner, sentence = judged(found, min(run.particles.n_particles for run in runs.values()))
     return Comparison(arviz_table(found, draws), found, winner, sentence)
 
 
@@ -129,28 +133,39 @@ def check_comparable(runs: Mapping[str, Run], particles: Particles) -> None:
             )
 
 
-def judged(found: Mapping[str, Evidence]) -> tuple[str | None, str]:
-    """The clear winner, or None, and a sentence that says so."""
+def judged(found: Mapping[str, Evidence], fitted: int) -> tuple[str | None, str]:
+    """The clear winner of fits to so many particles, or None, and a sentence that says so."""
     best = max(found, key=lambda name: float(found[name].log_p.sum()))
     count = len(found[best].log_p)
-    doubts, nearest, least = [], "", np.inf
-    for name, other in found.items():
-        if name == best:
-            continue
-        total, error = difference(found[best].log_p, other.log_p)
-        lead = total - STILL * float(other.rise.sum())
-        if lead < CLEAR * error or total < LEAST_NATS:
-            short = f"{name} is {total / count:.3g} +- {error / count:.2g} nats a particle below {best}"
-            doubts.append(short + (", and more draws may raise it" if total - lead > 0.1 * total else ""))
-        elif doubtful(other) > MOST_BAD:
-            doubts.append(f"k is bad for {doubtful(other):.0%} of the particles of {name}: more draws may raise it")
-        if total < least:
-            least, nearest = total, f"{total / count:.3g} +- {error / count:.2g} nats a particle better than {name}"
-    if count < LEAST_PARTICLES:
-        doubts.append(f"{count} particles are few; hold out {LEAST_PARTICLES} or more")
+    others = {name: difference(found[best].log_p, one.log_p) for name, one in found.items() if name != best}
+    doubts = [f"{count} particles are few, hold out {LEAST_PARTICLES} or more"] if count < LEAST_PARTICLES else []
+    for name, (total, error) in others.items():
+        doubt = _doubt(found[name], total, error, REFIT * count / fitted)
+        if doubt:
+            doubts.append(f"{name} is {total / count:.3g} +- {error / count:.2g} nats a particle below {best}{doubt}")
     if doubts:
         return None, f"no clear winner: {'; '.join(doubts)}"
-    return best, f"{best} explains the {count} particles best, {nearest}{', the next' if len(found) > 2 else ''}"
+    next_best = min(others, key=lambda name: others[name][0])
+    total, error = (value / count for value in others[next_best])
+    than = f"{next_best}, the next" if len(others) > 1 else next_best
+    return (
+        best,
+        f"{best} explains the {count} particles best, {total:.3g} +- {error:.2g} nats a particle better than {than}",
+    )
+
+
+def _doubt(other: Evidence, total: float, error: float, refit: float) -> str | None:
+    """What is unclear about a lead of `total` nats over another fit; None where nothing is."""
+    yet = STILL * float(other.rise.sum())
+    if total < max(CLEAR * error, LEAST_NATS):
+        return ", which is within the error"
+    if total < CLEAR * (error**2 + refit**2) ** 0.5:
+        return ", as fits of one model may be"
+    if total - yet < CLEAR * (error**2 + refit**2) ** 0.5:
+        return ", which more draws may make up for"
+    if doubtful(other) > MOST_BAD:
+        return f", with a k of {doubtful(other):.0%} of the particles that is bad or unknown: give more draws"
+    return None
 
 
 def difference(one: Tensor, other: Tensor) -> tuple[float, float]:
@@ -172,9 +187,11 @@ def arviz_table(found: Mapping[str, Evidence], draws: int) -> pd.DataFrame:
     """
     largest = torch.stack([one.log_p for one in found.values()]).amax(0)
     relative = {name: replace(one, log_p=one.log_p - largest) for name, one in found.items()}
-    table, weighed = (
-        _arviz_compare({name: elpd_data(one, draws) for name, one in each.items()}) for each in (found, relative)
-    )
+    _, az_compare = _arviz()
+    data = [{name: elpd_data(one, draws) for name, one in each.items()} for each in (found, relative)]
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # of these weights
+        warnings.simplefilter("ignore")
+        table, weighed = map(az_compare, data)
     table["weight"] = weighed["weight"]
     return table
 
@@ -192,32 +209,25 @@ def elpd_data(found: Evidence, draws: int) -> Any:
         "scale": "log",
         "good_k": GOOD,
     }
-    kind = _arviz_kind()
+    kind, _ = _arviz()
     if not issubclass(kind, pd.Series):  # since 1.0
         return kind(kind="loo", elpd=total, se=error, p=np.nan, **rest, elpd_i=each, pareto_k=k)
     said = {"elpd_loo": total, "se": error, "p_loo": np.nan, **rest, "loo_i": each, "pareto_k": k}
     return kind(data=list(said.values()), index=list(said))
 
 
-def _arviz_kind() -> Any:
-    """ELPDData of ArviZ, whichever of its two generations is there."""
+def _arviz() -> tuple[Any, Any]:
+    """ELPDData and compare of ArviZ, whichever of its two generations is there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the import
         try:
-            from arviz import ELPDData
-        except ImportError:
-            from arviz_stats.utils import ELPDData
-    return ELPDData
+            import arviz
 
+            return arviz.ELPDData, arviz.compare
+        except (ImportError, AttributeError):
+            import arviz_stats
 
-def _arviz_compare(data: dict[str, Any]) -> Any:
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        try:
-            from arviz import compare
-        except ImportError:
-            from arviz_stats import compare
-        return compare(data)
+            return arviz_stats.utils.ELPDData, arviz_stats.compare
 
 
 def _unlike(one: Particles, other: Particles) -> tuple[str, str, str] | None:
