@@ -188,6 +188,37 @@ ENCODINGS: dict[str, tuple[Kind, str]] = {
         "gone/z.npz does not exist; make it first",
     ),
 }
+COMPARISONS: dict[str, tuple[Kind, str]] = {
+    "one run": (lambda d: ("compare", d.still, d.toy), "1 run; a comparison needs two or more"),
+    "a run twice": (lambda d: ("compare", d.still, d.still, d.toy), "2 runs and some of them the same"),
+    "no run": (lambda d: ("compare", d.still, d.star.parent, d.toy), "case is not a run: it has no run.json"),
+    "no particles": (lambda d: ("compare", d.still, d.moving), "cryodrgn"),
+    "particles that were fitted": (
+        lambda d: ("compare", d.still, d.moving, d.toy, "--first", 50, "--quiet"),
+        "50 of 50 images were fitted by homogeneous, which favours what overfits; hold some out: fit to a part",
+    ),
+    "none that was not": (
+        lambda d: ("compare", d.still, d.moving, d.toy, "--unseen", "--quiet"),
+        "all 600 images were fitted; fit to a part of them",
+    ),
+    "another box": (
+        lambda d: ("compare", d.still, d.moving, d.toy, "--box", 16),
+        "homogeneous was fitted with box 32, the particles have 16",
+    ),
+    "images inverted": (
+        lambda d: ("compare", d.still, d.moving, d.toy, "--invert"),
+        "homogeneous was fitted with invert False, the particles have True",
+    ),
+    "no draws": (lambda d: ("compare", d.still, d.moving, d.toy, "--draws", 0), "0 draws; give 1 or more"),
+    "another format": (
+        lambda d: ("compare", d.still, d.moving, d.toy, "-o", d.folder / "t.csv"),
+        "t.csv is not .tsv; name the file by its format",
+    ),
+    "a file that is there": (
+        lambda d: ("compare", d.still, d.moving, d.toy, "-o", d.file("t.tsv", "mine")),
+        "t.tsv exists; give another -o, or --overwrite",
+    ),
+}
 SIMULATIONS: dict[str, tuple[Kind, str]] = {
     "odd box": (lambda d: ("simulate", "--toy", "hinge", "--box", 15, "-o", d.out), "box 15"),
     "no signal": (lambda d: ("simulate", "--toy", "hinge", "--snr", 0, "-o", d.out), "snr 0.0 is not positive"),
@@ -221,7 +252,7 @@ SIMULATIONS: dict[str, tuple[Kind, str]] = {
 }
 ALL = {
     f"{group}: {name}": case
-    for group, cases in {"run": RUNS, "encode": ENCODINGS, "simulate": SIMULATIONS}.items()
+    for group, cases in {"run": RUNS, "encode": ENCODINGS, "compare": COMPARISONS, "simulate": SIMULATIONS}.items()
     for name, case in cases.items()
 }
 

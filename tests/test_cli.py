@@ -332,6 +332,38 @@ def test_images_are_encoded_as_the_run_treated_its_own(toy: Path, tmp_path: Path
         assert np.abs(latents(tmp_path / "other.npz")["z"] - fitted).max() > 1e-4
 
 
+# ---------------------------------------------------------------------------------------------------------- compare
+def test_runs_are_compared_on_particles_that_none_has_seen(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: Command
+) -> None:
+    small = ("--first", 300, "--box", 16, "--window", 0.9)
+    for name, model in (("still", "homogeneous"), ("moving", "linear_subspace")):
+        assert command("fit", toy, "-o", tmp_path / name, *options("--model", model, *small)) == 0
+    runs = (tmp_path / "still", tmp_path / "moving")
+    capsys.readouterr()
+    assert command("compare", *runs, toy, "--unseen", "-o", tmp_path / "table.tsv", "--quiet") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "of 300 particles" in printed.out
+    assert "moving explains the 300 particles best" in printed.out
+    table = np.genfromtxt(tmp_path / "table.tsv", names=True, dtype=None, delimiter="\t", encoding="utf-8")
+    assert table.dtype.names == ("run", "log_p", "below", "error", "k_bad", "weight")
+    assert table["run"].tolist() == ["moving", "still"]
+    assert table["below"][1] == pytest.approx(table["log_p"][0] - table["log_p"][1], abs=1e-3)
+    np.save(tmp_path / "rows.npy", np.arange(300, 600))
+    assert command("compare", *runs, toy, "--subset", tmp_path / "rows.npy") == 0
+    again = capsys.readouterr()
+    assert again.out == printed.out
+    assert "evidence: 100%" in again.err
+    assert command("compare", *runs, toy, "--quiet") == 2
+    assert "300 of 600 images were fitted by still" in capsys.readouterr().err
+    assert command("compare", *runs, toy, "--unseen", "--window", 0.8, "--quiet") == 2
+    assert "still was fitted with window 0.9, the particles have 0.8" in capsys.readouterr().err
+    assert command("fit", toy, "-o", tmp_path / "plain", *options("--model", "homogeneous", *small[:4])) == 0
+    assert command("compare", runs[1], tmp_path / "plain", toy, "--unseen", "--quiet") == 2
+    assert "moving was fitted with window 0.9 and plain with None" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- analyze, select
 def test_analyze_both_kinds(cryodrgn_run: Path, homogeneous_run: Path, tmp_path: Path, command: Command) -> None:
     small = ("--kmeans", 3, "--steps", 3, "--components", 2)
@@ -427,7 +459,7 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
     return group.choices
 
 
-@pytest.mark.parametrize("name", ["fit", "volumes", "encode", "analyze", "select", "simulate"])
+@pytest.mark.parametrize("name", ["fit", "volumes", "compare", "encode", "analyze", "select", "simulate"])
 def test_help_tells_every_option_with_its_default(name: str, capsys: pytest.CaptureFixture[str], command) -> None:
     assert name in subcommands()
     with pytest.raises(SystemExit) as left:
