@@ -2,7 +2,8 @@
 
 python examples/swap_noise.py particles.star [EPOCHS]
 
-Prints log p(image), a bound from importance draws, of every fifth image under fits to the others.
+Prints ArviZ's comparison on every fifth particle of fits to the others. log p of a particle is a bound from importance
+draws, whose k tells how much more draws would raise it.
 """
 
 import sys
@@ -10,9 +11,10 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from three_priors import compare
+from compare_priors import compared, show
 
 from pyro_cryo import Particles
+from pyro_cryo.model import CryoModel
 from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.robust_noise import RobustNoise
 
@@ -32,4 +34,9 @@ NOISES = {"Gaussian": CryoDRGN, "a t for each coefficient": HeavyTails, "a t for
 
 if __name__ == "__main__":
     star, *epochs = sys.argv[1:]
-    compare(NOISES, Particles.open(star), *map(int, epochs))
+    particles = Particles.open(star)
+    models: dict[str, CryoModel] = {}
+    for name, kind in NOISES.items():
+        torch.manual_seed(0)
+        models[name] = kind(particles.box, zdim=2, width=64, noise_groups=particles.n_noise_groups)
+    show(compared(models, particles, epochs=int(epochs[0]) if epochs else 10, learning_rate=2e-3))
