@@ -189,7 +189,11 @@ ENCODINGS: dict[str, tuple[Kind, str]] = {
     ),
 }
 COMPARISONS: dict[str, tuple[Kind, str]] = {
-    "one run": (lambda d: ("compare", d.still, d.toy), "1 run; a comparison needs two or more"),
+    "one run": (lambda d: ("compare", d.still, d.toy), "1 model is given; a comparison needs runs of two or more"),
+    "a run twice among fits of a model": (
+        lambda d: ("compare", f"{d.still},{d.moving}", d.still, d.toy),
+        "3 runs and some of them the same",
+    ),
     "a run twice": (lambda d: ("compare", d.still, d.still, d.toy), "2 runs and some of them the same"),
     "no run": (lambda d: ("compare", d.still, d.star.parent, d.toy), "case is not a run: it has no run.json"),
     "no particles": (lambda d: ("compare", d.still, d.moving), "cryodrgn"),

@@ -355,6 +355,9 @@ def test_runs_are_compared_on_particles_that_none_has_seen(
     again = capsys.readouterr()
     assert again.out == printed.out
     assert "evidence: 100%" in again.err
+    shutil.copytree(runs[1], tmp_path / "again")
+    assert command("compare", f"{runs[0]},{tmp_path / 'again'}", runs[1], toy, "--unseen", "--quiet") == 0
+    assert "no clear winner" in capsys.readouterr().out  # the better fit of `still` is the other's
     assert command("compare", *runs, toy, "--quiet") == 2
     assert "300 of 600 images were fitted by still" in capsys.readouterr().err
     assert command("compare", *runs, toy, "--unseen", "--window", 0.8, "--quiet") == 2

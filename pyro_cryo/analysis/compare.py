@@ -8,7 +8,7 @@ particle: what all models find hard drops out of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -34,12 +34,15 @@ MOST_BAD = 0.1  # of the particles, whose log p may be in doubt
 STILL = 3.0  # times the last rise, that log p may yet rise: with k at most 0.7 it is short by S^(1 - 1 / k) of S draws
 
 
+Fits = Mapping[str, Run | Sequence[Run]]  # by name, one of each model or several from other seeds
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Fits beside each other on n particles that none of them was fitted to.
 
     table:    ArviZ's of `az.compare`, the best first; p, the effective number of parameters, is NaN
-    found:    by name, log_p (n,) in nats, pareto_k (n,) and rise (n,) of each particle
+    found:    by name, log_p (n,) in nats, pareto_k (n,) and rise (n,) of each particle, under the best fit of that name
     winner:   the name of what is clearly better than each other; None where nothing is
     sentence: the same in words, and where nothing is clear, why
     """
@@ -63,7 +66,7 @@ class Comparison:
 
 
 def compare(
-    runs: Mapping[str, Run],
+    runs: Fits,
     particles: Particles,
     draws: int = 100,
     *,
@@ -71,16 +74,17 @@ def compare(
     seed: int = 0,
     progress: Progress = quiet,
 ) -> Comparison:
-    """Fits by name, compared by the log p of particles that none of them was fitted to.
+    """Models by name, compared by the log p of particles that none of their fits has seen.
 
+    runs:  a fit of each, or several from other seeds, of which the best counts: a fit that got stuck says nothing of
+           its model, and only another fit tells that it did
     draws: of what is latent, for each particle, where a run's guide is not the exact posterior; log p is then a bound,
            which k and how it rises with the draws say how to trust
 
-    A winner is better than each other fit by more than 3 errors of the paired difference and 4 nats in all, on 100
+    A winner is better than each other by more than 3 errors of the paired difference and 4 nats in all, on 100
     particles or more; and that with what more draws could still give the other, whose k may be bad for a tenth of the
-    particles. The standard error holds for the fits as they are. Two fits of one model from other seeds differ as well,
-    and many particles would show it clearly: 20 nats, over as many particles as were fitted, go into the error.
-    Networks differ by more: give fits of each model from several seeds, under names of their own.
+    particles. The standard error holds for the fits as they are. Good fits of one model differ a little as well, and
+    many particles would show it clearly: 20 nats, over as many particles as were fitted, go into the error.
 
     Raises ValueError, with the difference named, where images were not seen alike by the runs and as `particles` are;
     where some of these were fitted, and where a run would have to find their poses.
@@ -88,26 +92,43 @@ def compare(
     Source: Vehtari, Gelman and Gabry, Statistics and Computing 27 (2017), section 5; Sivula, Magnusson, Matamoros and
     Vehtari, arXiv:2008.10296.
     """
-    check_comparable(runs, particles)
+    if len(runs) < 2:
+        raise ValueError(f"{len(runs)} model is given; a comparison needs runs of two or more")
+    each = labelled(runs)
+    all_runs = {label: run for fits in each.values() for label, run in fits.items()}
+    check_comparable(all_runs, particles)
+    found = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        found = {name: evidence(run, particles, draws, batch_size, progress) for name, run in runs.items()}
-    winner, sentence = judged(found, min(run.particles.n_particles for run in runs.values()))
+        for name, fits in each.items():
+            told = [evidence(run, particles, draws, batch_size, progress) for run in fits.values()]
+            found[name] = max(told, key=lambda one: float(one.log_p.sum()))
+    winner, sentence = judged(found, min(run.particles.n_particles for run in all_runs.values()))
     return Comparison(arviz_table(found, draws), found, winner, sentence)
 
 
-def unseen(runs: Mapping[str, Run], particles: Particles) -> Tensor:
+def labelled(runs: Fits) -> dict[str, dict[str, Run]]:
+    """By name the fits of it, each labelled: with the name, and numbered where there are several."""
+    each = {}
+    for name, given in runs.items():
+        fits = [given] if isinstance(given, Run) else list(given)
+        if not fits:
+            raise ValueError(f"{name} has no run; give one or more")
+        each[name] = {name if len(fits) == 1 else f"{name} ({number})": fit for number, fit in enumerate(fits, 1)}
+    return each
+
+
+def unseen(runs: Fits, particles: Particles) -> Tensor:
     """(N,) bool: images of the particles that no run was fitted to, by stack and frame; all of a particle or none."""
     fitted = torch.zeros(particles.n_particles, dtype=torch.bool)
-    for run in runs.values():
-        fitted[particles.particle[particles.are_in(run.particles)]] = True
+    for fits in labelled(runs).values():
+        for run in fits.values():
+            fitted[particles.particle[particles.are_in(run.particles)]] = True
     return ~fitted[particles.particle]
 
 
 def check_comparable(runs: Mapping[str, Run], particles: Particles) -> None:
     """Raise ValueError unless log p of the particles under the runs are of the same numbers, and fair."""
-    if len(runs) < 2:
-        raise ValueError(f"{len(runs)} run; a comparison needs two or more")
     for (one, first), (other, second) in pairwise(runs.items()):
         unlike = _unlike(first.particles, second.particles)
         if unlike:

@@ -22,7 +22,12 @@ from pyro_cryo.cli.parser import add_command
 def add_to(commands: Any) -> None:
     """The command and its arguments."""
     parser = add_command(commands, "compare", "which of several runs explains particles best that none has seen", run)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="run", help="folders of two or more runs")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="folders of two or more runs; with commas between, fits of one model from other seeds: the best counts",
+    )
     add_particles(parser, AS_THE_RUN)
     add = parser.add_argument
     add("--unseen", action="store_true", help="only those of the particles that no run was fitted to")
@@ -45,10 +50,12 @@ def run(asked: argparse.Namespace) -> None:
         if asked.out.suffix != ".tsv":
             raise ValueError(f"{asked.out} is not .tsv; name the file by its format")
         check_file(asked.out, asked.overwrite)
-    runs = {name: Run.load(folder, device=device_of(asked)) for name, folder in named(asked.runs).items()}
-    record, first = read_record(asked.runs[0])["particles"], next(iter(runs.values()))
+    folders, device = named(asked.runs), device_of(asked)
+    runs = {name: [Run.load(folder, device=device) for folder in fits] for name, fits in folders.items()}
+    first = next(iter(folders.values()))[0]
+    record, box = read_record(first)["particles"], next(iter(runs.values()))[0].model.box
     treated = {name: record[name] for name in ("invert", "normalize", "window") if name in record}
-    particles = open_particles(asked, box=first.model.box, **treated)
+    particles = open_particles(asked, box=box, **treated)
     if asked.unseen:
         left = unseen(runs, particles)
         if not bool(left.any()):
@@ -62,9 +69,11 @@ def run(asked: argparse.Namespace) -> None:
         table.to_csv(asked.out, sep="\t", index=False)
 
 
-def named(folders: list[Path]) -> dict[str, Path]:
-    """Folders by their names, or by their paths where names are alike."""
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError(f"{len(folders)} runs and some of them the same; give each run once")
-    alike = len({folder.resolve().name for folder in folders}) < len(folders)
-    return {str(folder) if alike else folder.resolve().name: folder for folder in folders}
+def named(runs: list[str]) -> dict[str, list[Path]]:
+    """Folders of the fits of each model by the name of the first, or by its path where names are alike."""
+    given = [[Path(folder) for folder in fits.split(",")] for fits in runs]
+    each = [folder.resolve() for fits in given for folder in fits]
+    if len(set(each)) < len(each):
+        raise ValueError(f"{len(each)} runs and some of them the same; give each run once")
+    alike = len({fits[0].resolve().name for fits in given}) < len(given)
+    return {str(fits[0]) if alike else fits[0].resolve().name: fits for fits in given}

@@ -160,6 +160,20 @@ def test_a_model_does_not_lose_to_itself_by_its_guide(
     assert bad < 0.1 if wide >= 1 else bad > 0.3
 
 
+def test_of_several_fits_of_a_model_the_best_counts(runs: dict[str, Run], particles: Particles) -> None:
+    """A fit that got stuck is no word against its model."""
+    held, moving = particles[FITTED:], runs["moving"]
+    alone = compare({"one": runs["still"], "other": moving}, held)
+    assert alone.winner == "other"
+    several = compare({"one": [runs["still"], moving], "other": moving}, held)
+    assert several.winner is None
+    torch.testing.assert_close(several.found["one"].log_p, several.found["other"].log_p, atol=1e-2, rtol=0)
+    with pytest.raises(ValueError, match=r"images were fitted by one \(1\)"):
+        compare({"one": [runs["still"], moving], "other": moving}, particles)
+    with pytest.raises(ValueError, match="one has no run; give one or more"):
+        compare({"one": [], "other": moving}, held)
+
+
 def test_the_same_seed_gives_the_same_numbers_and_leaves_the_generator_alone(
     runs: dict[str, Run], particles: Particles
 ) -> None:
@@ -261,7 +275,7 @@ def test_another_pixel_size_is_refused(runs: dict[str, Run], particles: Particle
 
 
 def test_one_run_is_refused(runs: dict[str, Run], particles: Particles) -> None:
-    with pytest.raises(ValueError, match="1 run; a comparison needs two or more"):
+    with pytest.raises(ValueError, match="1 model is given; a comparison needs runs of two or more"):
         compare({"still": runs["still"]}, particles[FITTED:])
 
 
