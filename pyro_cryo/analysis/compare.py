@@ -101,7 +101,7 @@ def compare(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, fits in each.items():
-            told = [evidence(run, particles, draws, batch_size, progress) for run in fits.values()]
+            told = [_finite(evidence(run, particles, draws, batch_size, progress), name) for run in fits.values()]
             found[name] = max(told, key=lambda one: float(one.log_p.sum()))
     winner, sentence = judged(found, min(run.particles.n_particles for run in all_runs.values()))
     return Comparison(arviz_table(found, draws), found, winner, sentence)
@@ -129,6 +129,8 @@ def unseen(runs: Fits, particles: Particles) -> Tensor:
 
 def check_comparable(runs: Mapping[str, Run], particles: Particles) -> None:
     """Raise ValueError unless log p of the particles under the runs are of the same numbers, and fair."""
+    if not len(particles):
+        raise ValueError("no particles are given; hold some out of the fits")
     for (one, first), (other, second) in pairwise(runs.items()):
         unlike = _unlike(first.particles, second.particles)
         if unlike:
@@ -154,6 +156,16 @@ def check_comparable(runs: Mapping[str, Run], particles: Particles) -> None:
             )
 
 
+def _finite(found: Evidence, name: str) -> Evidence:
+    wrong = (~found.log_p.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"log p of {len(wrong)} particles under {name} is not finite, the first is particle {wrong[0]}; look at "
+            "its images, or give more draws"
+        )
+    return found
+
+
 def judged(found: Mapping[str, Evidence], fitted: int) -> tuple[str | None, str]:
     """The clear winner of fits to so many particles, or None, and a sentence that says so."""
     best = max(found, key=lambda name: float(found[name].log_p.sum()))
@@ -169,10 +181,8 @@ def judged(found: Mapping[str, Evidence], fitted: int) -> tuple[str | None, str]
     next_best = min(others, key=lambda name: others[name][0])
     total, error = (value / count for value in others[next_best])
     than = f"{next_best}, the next" if len(others) > 1 else next_best
-    return (
-        best,
-        f"{best} explains the {count} particles best, {total:.3g} +- {error:.2g} nats a particle better than {than}",
-    )
+    better = f"{total:.3g} +- {error:.2g} nats a particle better than {than}"
+    return best, f"{best} explains the {count} particles best, {better}"
 
 
 def _doubt(other: Evidence, total: float, error: float, refit: float) -> str | None:

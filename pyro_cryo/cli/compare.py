@@ -63,8 +63,11 @@ def run(asked: argparse.Namespace) -> None:
         particles = particles[left]
     found = compare(runs, particles, asked.draws, progress=progress_of(asked))
     table = found.summary.rename_axis("run").reset_index()
-    lines = [f"log p and what it is below the best, nats a particle, of {particles.n_particles} particles"]
-    print("\n".join([*lines, table.to_string(index=False, float_format="{:.4g}".format), found.sentence]))
+    print(
+        f"log p of {particles.n_particles} particles and how far it is below the best, nats a particle; k_bad is the "
+        "share of them whose log p is uncertain"
+    )
+    print("\n".join([table.to_string(index=False, float_format="{:.4g}".format), found.sentence]))
     if asked.out is not None:
         table.to_csv(asked.out, sep="\t", index=False)
 

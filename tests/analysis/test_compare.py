@@ -279,6 +279,16 @@ def test_one_run_is_refused(runs: dict[str, Run], particles: Particles) -> None:
         compare({"still": runs["still"]}, particles[FITTED:])
 
 
+def test_log_p_that_is_not_a_number_is_told(runs: dict[str, Run], particles: Particles) -> None:
+    broken = LinearSubspace(16, zdim=2, contrast=0.0)
+    broken.load_state_dict(runs["moving"].model.state_dict())
+    broken.log_sigma.data[:, 3] = torch.nan
+    with pytest.raises(ValueError, match="log p of 150 particles under broken is not finite, the first is particle 0"):
+        compare({"still": runs["still"], "broken": replace(runs["moving"], model=broken)}, particles[FITTED:])
+    with pytest.raises(ValueError, match="no particles are given"):
+        compare(runs, particles[:0])
+
+
 def test_runs_that_found_their_poses_are_refused(runs: dict[str, Run], particles: Particles, tmp_path: Path) -> None:
     model = Homogeneous(16)
     model.poses = PoseAbout(turn_sd_deg=2.0, shift_sd_px=0.5)
