@@ -55,6 +55,13 @@ def two_state(folder: Path) -> None:
     assert float((volumes[0] - volumes[1]).norm()) > 0.1 * float(volumes[0].norm())
 
 
+def uncertainty(folder: Path) -> None:
+    said = run(EXAMPLES / "uncertainty.py", "--out", "out", "--images", 300, "--box", 24, "--draws", 3, folder=folder)
+    assert re.search(r"all in all: (sound|look at it|not to be trusted)", said)
+    for name in ("posterior.nc", "check.html", "maps/mean.mrc", "maps/probability.mrc", "maps/uncertainty.png"):
+        assert (folder / "out" / name).stat().st_size > 0
+
+
 def three_priors(folder: Path) -> None:
     star = simulate(classes(), folder / "case", n_images=200, box=16, snr=1.0, seed=0)
     said = run(EXAMPLES / "three_priors.py", star, 2, folder=folder)
@@ -130,6 +137,7 @@ KNOWN: dict[str, Callable[[Path], None]] = {
     "md_prior.py": md_prior,
     "swap_noise.py": swap_noise,
     "three_priors.py": three_priors,
+    "uncertainty.py": uncertainty,
     "two_state.py": two_state,
 }
 
