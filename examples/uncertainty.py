@@ -28,7 +28,7 @@ def tell(run: Run, out: Path, draws: int) -> None:
     idata = run.posterior(index=ends, draws=500)
     print(az.summary(idata, var_names=["z"], kind="stats"))
     idata.to_netcdf(out / "posterior.nc")
-    paths = write_uncertainty(run, out / "maps", *ends, draws=draws)
+    paths = write_uncertainty(run, out / "maps", ends[0], ends[1], draws)
     print(f"{', '.join(path.name for path in paths)} are in {out / 'maps'}")
     answers = check(run, particles=100)
     for answer in answers:

@@ -31,9 +31,8 @@ def drawn(name: str, run: Run, count: int, draws: int) -> object:
     began = time.monotonic()
     idata = run.posterior(index=index, draws=draws)
     k = idata.sample_stats["pareto_k"].values
-    print(
-        f"{name}: {draws} draws of {count} particles in {time.monotonic() - began:.0f} s; k < 0.7: {(k < 0.7).mean():.2f}"
-    )
+    seconds = time.monotonic() - began
+    print(f"{name}: {draws} draws of {count} particles in {seconds:.0f} s; k < 0.7: {(k < 0.7).mean():.2f}")
     return idata
 
 
@@ -46,12 +45,14 @@ def poses(particles: Particles, truth: Path, count: int, draws: int) -> None:
     run = fit(UncertainPose(particles.box, 3.0, 1.0, noise_groups=particles.n_noise_groups), off)
     idata = drawn("uncertain_pose", run, count, draws)
     assert run.poses is not None
-    index = torch.from_numpy(idata.posterior["particle"].values)  # type: ignore[attr-defined]
+    index = torch.tensor(idata.posterior["particle"].values)  # type: ignore[attr-defined]
     with np.load(truth) as file:
         rotation, moved = (torch.from_numpy(file[name])[: len(particles)].float() for name in ("rotation", "shift_px"))
-    best = run.poses.best[0]
-    frame, _ = align_poses(best, rotation)
-    true_turn = log(rotation[index] @ frame.mT @ best[index].mT).rad2deg()
+    best, its_shift = run.poses.best
+    rotation = align_poses(rotation, best)[0]  # the frame of the map, and its origin, are the run's own
+    origin = torch.linalg.lstsq(best[:, :2].flatten(0, 1), (its_shift - moved).flatten()[:, None]).solution
+    moved = moved + (best[:, :2] @ origin)[..., 0]
+    true_turn = log(rotation[index] @ best[index].mT).rad2deg()
     for name, true in (("turn", true_turn), ("translation", moved[index])):
         values = torch.from_numpy(idata.posterior[name].values[0])  # type: ignore[attr-defined]
         found = calibration(true, values)

@@ -8,7 +8,6 @@ between two particles runs from one end of the motion to the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,8 +53,9 @@ def longest_way(z: ArrayLike | Tensor, seed: int = 0) -> LongestWay:
     tree = minimum_spanning_tree(distance).toarray()
     near = distance <= np.partition(distance, min(NEIGHBOURS, len(cloud) - 1), 1)[:, [min(NEIGHBOURS, len(cloud) - 1)]]
     steps = np.where(near | near.T | (tree > 0) | (tree.T > 0), distance, 0.0)
-    ways: Any = csr_array(steps)
-    s = dijkstra(ways, indices=int(dijkstra(ways, indices=0).argmax()))
+    ways = csr_array(steps)
+    far = dijkstra(ways, indices=[0])[0]
+    s = dijkstra(ways, indices=[int(far.argmax())])[0]
     points, along = _filled(cloud, s, np.argwhere(tree > 0))
     return LongestWay(points, along, along[nearest(points, z)])
 
