@@ -55,6 +55,13 @@ def two_state(folder: Path) -> None:
     assert float((volumes[0] - volumes[1]).norm()) > 0.1 * float(volumes[0].norm())
 
 
+def uncertainty(folder: Path) -> None:
+    said = run(EXAMPLES / "uncertainty.py", "--out", "out", "--images", 300, "--box", 24, "--draws", 3, folder=folder)
+    assert re.search(r"all in all: (sound|look at it|not to be trusted)", said)
+    for name in ("posterior.nc", "check.html", "maps/mean.mrc", "maps/probability.mrc", "maps/uncertainty.png"):
+        assert (folder / "out" / name).stat().st_size > 0
+
+
 def compare_priors(folder: Path) -> None:
     """The images are of four classes, which a population of any shape can be."""
     star = simulate(classes(), folder / "case", n_images=600, box=24, snr=0.3, seed=0)
@@ -134,6 +141,11 @@ KNOWN: dict[str, Callable[[Path], None]] = {
     "is_the_motion_real.py": is_the_motion_real,
     "md_prior.py": md_prior,
     "swap_noise.py": swap_noise,
+<<<<<<< HEAD
+=======
+    "three_priors.py": three_priors,
+    "uncertainty.py": uncertainty,
+>>>>>>> main
     "two_state.py": two_state,
 }
 

@@ -139,11 +139,9 @@ def _weights(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
             parts.append(pareto_smoothed(drawn(run, batch, WEIGHED, WEIGHED).log_weight)[1])
     k = torch.cat(parts).numpy()
     exact, bad = float(np.isneginf(k).mean()), float((k >= GOOD).mean())
-    said = (
-        f"Draws of all of {len(k)} particles weigh the same: the guide is the posterior."
-        if exact == 1
-        else f"k is {GOOD} or more for {100 * bad:.0f}% of {len(k)} particles, {np.median(k):.2f} in the middle."
-    )
+    said = f"k is {GOOD} or more for {100 * bad:.0f}% of {len(k)} particles."
+    if exact == 1:
+        said = f"Draws of all of {len(k)} particles weigh the same: the guide is the posterior."
     yield Answer(
         "Are the draws of z and pose from the posterior?",
         SOUND if bad < 0.05 else LOOK if bad < 0.5 else BAD,

@@ -1,19 +1,16 @@
 """The free energy along a coordinate of shapes, -log of their density in units of kT, with its posterior.
 
-    path = principal_path(run.latent.z, steps=12, percentiles=(0, 100))
-    points, s = along_path(path, 120)
+    profile = of_run(run).free_energy                        # along the longest way through the particles
+    points, s = along_path(path, 120)                        # or along a path of one's own
     profile = free_energy(log_likelihoods(run, run.particles, points), s)
     print(profile.barrier_kt(s[30], s[90]))
 
 Images tell the density of shapes as they were frozen, in the coordinate that is given: another coordinate, that
 stretches one end, has another free energy. Points are all that shapes may be. They must reach as far as the particles:
 those beyond are counted at the ends. Where particles lie off a path in ways that images tell, give a cloud of points
-about it, such as the z of some hundred particles, how far along each lies, and what they share of their bins:
+about it, how far along each lies, and what they share of their bins, as `of_run` does.
 
-    told = log_likelihoods(run, run.particles, cloud)
-    profile = free_energy(told, cloud @ direction, share=most_probable(told, tolerance=0.1))
-
-The tolerance is wide: the most probable weights themselves are a few atoms, of whose chance the band knows nothing.
+The tolerance of these shares is wide: the most probable ones are a few atoms, of whose chance the band knows nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +24,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pyro_cryo.analysis.latent import as_table
-from pyro_cryo.analysis.population import binned, relative, smooth_draws
+from pyro_cryo.analysis.likelihoods import log_likelihoods
+from pyro_cryo.analysis.longest_way import longest_way
+from pyro_cryo.analysis.population import binned, most_probable, relative, smooth_draws
+from pyro_cryo.inference.run import Run
+from pyro_cryo.progress import Progress, quiet
 
 Array = NDArray[np.floating]
 
@@ -41,6 +42,14 @@ class Interval:
     median_kt: float
     low_kt: float
     high_kt: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The free energy along a way, and how far along it the posterior means of all particles lie: means (n,)."""
+
+    free_energy: FreeEnergy
+    means: Array
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,18 @@ class FreeEnergy:
         if not self.s[0] - half <= s <= self.s[-1] + half:
             raise ValueError(f"{s:g} lies beyond the bins; give {self.s[0] - half:.4g} to {self.s[-1] + half:.4g}")
         return int(np.abs(self.s - s).argmin())
+
+
+def of_run(run: Run, bins: int = 30, seed: int = 0, progress: Progress = quiet) -> Profile:
+    """The free energy of a run along the longest way through its particles, from all of their images.
+
+    Shapes may be anywhere about the way (`analysis.longest_way`); those in one bin share it as makes the images most
+    probable.
+    """
+    way = longest_way(run.latent.z, seed)
+    told = log_likelihoods(run, run.particles, way.points, progress=progress)
+    share = most_probable(told, tolerance=0.1)
+    return Profile(free_energy(told, way.s, bins, share, seed=seed), way.particle)
 
 
 def along_path(path: Tensor | ArrayLike, count: int) -> tuple[Array, Array]:

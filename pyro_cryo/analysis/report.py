@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cryo.analysis import plots
+from pyro_cryo.analysis import check_plots, plots
+from pyro_cryo.analysis.free_energy import of_run
 from pyro_cryo.analysis.fsc import masked_fsc
 from pyro_cryo.analysis.latent import kmeans, pca
 from pyro_cryo.analysis.series import VOLUMES, along_component, finishing, write_series
@@ -49,9 +50,18 @@ def half_map_curves(half1: Tensor, half2: Tensor, mask: Tensor) -> dict[str, Ten
 
 
 def analyze(
-    run: Run, out: Path, clusters: int = 10, steps: int = 10, components: int = 2, progress: Progress = quiet
+    run: Run,
+    out: Path,
+    clusters: int = 10,
+    steps: int = 10,
+    components: int = 2,
+    free_energy: bool = False,
+    progress: Progress = quiet,
 ) -> list[Path]:
-    """The pictures of a run, and maps at clusters and along components where it has z; the pictures' paths."""
+    """The pictures of a run, and maps at clusters and along components where it has z; the pictures' paths.
+
+    free_energy: also that, along the longest way through the particles, which takes a pass over the images
+    """
     for name, value, least in (("clusters", clusters, 1), ("steps", steps, 1), ("components", components, 0)):
         if not least <= value <= MOST:
             raise ValueError(f"{value} {name}; give {least} to {MOST}, each is a map and a picture")
@@ -59,6 +69,8 @@ def analyze(
         pictures = _analyze_map(run, out)
     else:
         pictures = _analyze_latent(run, out, clusters, steps, components, progress)
+        if free_energy:
+            pictures.append(_free_energy(run, out, progress))
     if run.poses is not None:
         poses = plots.pose_distribution(run.poses.best[0], run.poses.spread)
         pictures.append(_save(poses, out / "poses.png"))
@@ -105,6 +117,17 @@ def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: 
         pictures.append(_picture(out / f"pc{component}", apix, labels, out / f"pc{component}.png", title))
     np.savetxt(out / CLUSTERS, np.column_stack([run.latent.index, found.label]), fmt="%d", header="particle cluster")
     return pictures
+
+
+def _free_energy(run: Run, out: Path, progress: Progress) -> Path:
+    """A picture and a table of the profile along the longest way through the particles."""
+    found = of_run(run, progress=progress)
+    profile = found.free_energy
+    columns = np.column_stack([profile.s, profile.median_kt, profile.low_kt, profile.high_kt])
+    header = f"distance along z\tmedian_kt\tlow_kt\thigh_kt ({100 * profile.level:.0f}%)"
+    np.savetxt(out / "free_energy.tsv", columns, "%.5g", "\t", header=header)
+    figure = check_plots.free_energy_profile(profile, found.means, "distance in z along the longest way")
+    return _save(figure, out / "free_energy.png")
 
 
 def _picture(series: Path, apix: float, labels: list[str], path: Path, title: str) -> Path:

@@ -19,6 +19,7 @@ def add_to(commands: Any) -> None:
     add("--kmeans", type=int, default=10, help="clusters of z")
     add("--steps", type=int, default=10, help="maps along each principal component")
     add("--components", type=int, default=2, help="principal components to follow")
+    add("--free-energy", action="store_true", help="-log of the density of shapes, with a 90%% band; reads the images")
     add_device(parser)
     add_quiet(parser)
 
@@ -30,6 +31,8 @@ def run(asked: argparse.Namespace) -> None:
 
     out = asked.out or asked.run / "analysis"
     found = Run.load(asked.run, device=device_of(asked))
-    pictures = report.analyze(found, out, asked.kmeans, asked.steps, asked.components, progress_of(asked))
+    pictures = report.analyze(
+        found, out, asked.kmeans, asked.steps, asked.components, asked.free_energy, progress_of(asked)
+    )
     maps = " and maps" if found.model.zdim else ""
     print(f"{', '.join(path.name for path in pictures)}{maps} are in {out}")

@@ -43,10 +43,10 @@ def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         warnings.simplefilter("ignore")  # of the import, and of what k says anyway
         try:
             from arviz import psislw
-        except ImportError:  # since 1.0
+        except ImportError:  # since 1.0, where it takes log densities that are missing
             from arviz_stats.base import array_stats
 
-            smoothed, k = array_stats.psislw(log_weight, axis=-1)
+            smoothed, k = array_stats.psislw(-log_weight, axis=-1)
         else:
             smoothed, k = psislw(log_weight.copy())
     return np.asarray(smoothed), np.asarray(k)

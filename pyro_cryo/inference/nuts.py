@@ -40,7 +40,7 @@ def nuts(
             parts.append(_sampled(run, batch, draws, warmup))
         sigma = noise_draws(run, draws)
     sites = {name: torch.cat([part[name] for part in parts], 1).cpu() for name in parts[0]}
-    return as_arviz({"posterior": sites}, sigma, particles.n_particles, described(run, particles))
+    return as_arviz({"posterior": sites}, sigma, range(particles.n_particles), described(run, particles))
 
 
 def _sampled(run: Run, batch: Batch, draws: int, warmup: int) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +47,7 @@ def posterior(
     particles: Particles,
     draws: int = 500,
     *,
+    index: Sequence[int] | None = None,
     weighed: int = 50,
     corrected: bool = False,
     predictive: int = 0,
@@ -55,6 +58,7 @@ def posterior(
     """Draws of all that is latent about particles: ArviZ's InferenceData, from ArviZ 1.0 on xarray's DataTree.
 
     draws:      of each particle, from the run's guide
+    index:      numbers by which the particles are named; default: their places
     weighed:    so many of them are weighed beside the model, each by a look at the images: for k and log p(images)
     corrected:  weigh all, and pick draws by their weights where k is below 0.7: then they are the exact posterior's
     predictive: so many of them have images that the model makes of them, which are large
@@ -68,7 +72,7 @@ def posterior(
                     that were not fitted
     posterior_predictive, observed_data: image, with predictive images
 
-    The dimensions are chain, draw and particle, which is the place in `particles`; image where particles have several.
+    The dimensions are chain, draw and particle; image where particles have several.
     """
     if not 0 <= predictive <= draws or draws < 1 or weighed < 0:
         raise ValueError(f"draws {draws}, weighed {weighed}, predictive {predictive}; expected 1, 0 and 0 to draws")
@@ -85,7 +89,7 @@ def posterior(
         group: {name: torch.cat([part[group][name] for part in parts], 1) for name in table}
         for group, table in parts[0].items()
     }
-    return as_arviz(tables, sigma, particles.n_particles, described(run, particles))
+    return as_arviz(tables, sigma, index or range(particles.n_particles), described(run, particles))
 
 
 def noise_draws(run: Run, draws: int) -> Tensor:
@@ -115,25 +119,26 @@ def described(run: Run, particles: Particles) -> dict[str, Any]:
     }
 
 
-def as_arviz(tables: Tables, sigma: Tensor, count: int, attributes: dict[str, Any]) -> Any:
-    """InferenceData, or a DataTree, of tables (draws, particles or images, ...) of `count` particles."""
+def as_arviz(tables: Tables, sigma: Tensor, index: Sequence[int], attributes: dict[str, Any]) -> Any:
+    """InferenceData, or a DataTree, of tables (draws, particles or images, ...) of particles with these numbers."""
     import xarray as xr
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # ArviZ tells of its own future when imported
-        import arviz as az
     groups = {}
     for group, table in tables.items():
         once = table if group == "observed_data" else OF_PARTICLES
-        variables = {name: _variable(name, value, count, name in once) for name, value in table.items()}
+        variables = {name: _variable(name, value, len(index), name in once) for name, value in table.items()}
         if group == "posterior":
             variables["sigma"] = (["chain", "draw", "noise_group", "shell"], sigma.numpy()[None], {})
         data = xr.Dataset(variables, attrs=attributes)
-        named = {axis: NAMES.get(str(axis), list(range(size))) for axis, size in data.sizes.items()}
+        names = {**NAMES, "particle": list(index)}
+        named = {axis: names.get(str(axis), list(range(size))) for axis, size in data.sizes.items()}
         groups[group] = data.assign_coords(named)
-    if hasattr(az, "InferenceData"):
-        return az.InferenceData(**groups)  # type: ignore[arg-type]
-    return xr.DataTree.from_dict(groups)
+    if int(version("arviz").split(".")[0]) >= 1:
+        return xr.DataTree.from_dict(groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ArviZ tells of its own future when imported
+        from arviz import InferenceData
+    return InferenceData(**groups)  # type: ignore[arg-type]
 
 
 def _variable(name: str, value: Tensor, count: int, once: bool) -> tuple[list[str], np.ndarray, dict[str, str]]:

@@ -213,9 +213,9 @@ class Run:
         """
         if particles is not None and index is not None:
             raise ValueError("give particles or an index of the run's own, not both")
-        if index is None:
-            return posterior(self, self.particles if particles is None else particles, draws, **settings)
-        return posterior(self, self.some(index), draws, **settings).assign_coords(particle=list(index))
+        if index is not None:
+            particles = self.some(index)
+        return posterior(self, self.particles if particles is None else particles, draws, index=index, **settings)
 
     def volume(self, z: Tensor | np.ndarray | None = None) -> Tensor:
         """Maps at z (zdim,) or (n, zdim): (D, D, D) or (n, D, D, D), z-y-x, on the scale of the images.

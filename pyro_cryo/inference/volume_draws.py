@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro import poutine
 from torch import Tensor
 
+from pyro_cryo.inference.draws import drawn
 from pyro_cryo.inference.map_draws import BATCH, deviation, still_posterior
 from pyro_cryo.inference.reconstruct import add_up, half_sets
 from pyro_cryo.inference.run import Run
@@ -110,16 +110,11 @@ def _solved(
 
 def _guided(run: Run, draws: int, index: int | Sequence[int] | np.ndarray, seed: int) -> Iterator[Tensor]:
     """The model's maps at z drawn from the guide."""
-    devices = [run.device] if run.device.type == "cuda" else []
-    batches = [run.particles.batch(run.particles.images_of(torch.tensor([i])), run.device) for i in _numbers(index)]
-    guide: Any = run.guide
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        drawn = [
-            torch.cat([poutine.trace(guide).get_trace(batch).nodes["z"]["value"] for batch in batches])
-            for _ in range(draws)
-        ]
-    for points in drawn:
+        batches = run.batches(run.some(_numbers(index)), BATCH)
+        z = torch.cat([drawn(run, batch, draws).sites["z"] for batch in batches], 1)
+    for points in z:
         yield run.volume(points[0] if np.ndim(index) == 0 else points)
 
 
@@ -144,8 +139,5 @@ def _check(run: Run, draws: int, index: int | Sequence[int] | np.ndarray | None,
         if not maps_have_posterior(run):
             raise ValueError(f"the maps of {name} have no posterior of their own and z is given; give index instead")
         return
-    count = run.particles.n_particles
     assert index is not None
-    for i in _numbers(index):
-        if not 0 <= i < count:
-            raise ValueError(f"particle {i} is not there; the run has particles 0 to {count - 1}")
+    run.some(_numbers(index))
