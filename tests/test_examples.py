@@ -141,11 +141,7 @@ KNOWN: dict[str, Callable[[Path], None]] = {
     "is_the_motion_real.py": is_the_motion_real,
     "md_prior.py": md_prior,
     "swap_noise.py": swap_noise,
-<<<<<<< HEAD
-=======
-    "three_priors.py": three_priors,
     "uncertainty.py": uncertainty,
->>>>>>> main
     "two_state.py": two_state,
 }
 
