@@ -25,14 +25,11 @@ from pyro_cryo.inference.run import Run
 from pyro_cryo.progress import Progress, quiet
 
 CLEAR = 3.0  # errors
-REFIT = (
-    20.0  # nats, over as many particles as were fitted, by which two fits of one model differ (benchmarks/compare.py)
-)
+REFIT = 20.0  # nats, over as many particles as were fitted: good fits of one model differ by 14 (benchmarks/compare.py)
 LEAST_NATS = 4.0  # in all: errors of smaller differences are not known well (Sivula et al., section 4)
 LEAST_PARTICLES = 100  # ... nor those of fewer (the same)
 MOST_BAD = 0.1  # of the particles, whose log p may be in doubt
 STILL = 3.0  # times the last rise, that log p may yet rise: with k at most 0.7 it is short by S^(1 - 1 / k) of S draws
-
 
 Fits = Mapping[str, Run | Sequence[Run]]  # by name, one of each model or several from other seeds
 
