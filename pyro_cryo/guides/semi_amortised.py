@@ -15,7 +15,9 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.model import CryoModel
 from pyro_cryo.rows import Rows
 
-ROUNDS = 8  # of Newton's method
+ROUNDS = 12  # of Newton's method at most
+ENOUGH = 1e-2  # nats: a particle whose bound rose by less in a step has arrived
+SHORT = 0.25  # of a step that was refused, tried before it is said to have arrived
 BOUND = 10.0  # by which the precision along an axis may change in one
 FARTHEST = 2.0  # sd from the mean at which the posterior is looked at
 
@@ -66,11 +68,18 @@ class SemiAmortised(nn.Module):
         others = {name: trace.nodes[name]["fn"].mean for name in names}
         best = _Gaussian.at(model, batch, others, mean, torch.linalg.cholesky(covariance))
         share = torch.ones_like(best.bound)
+        going = torch.arange(len(share), device=share.device)
         for _ in range(ROUNDS):
-            tried = _Gaussian.at(model, batch, others, *best.moved(share))
-            higher = tried.bound > best.bound
-            best = best.replaced(higher, tried)
-            share = torch.where(higher, 1.0, 0.25 * share)
+            seen = torch.isin(batch.particle, going)
+            here = {name: value[going if len(value) == len(share) else seen] for name, value in others.items()}
+            tried = _Gaussian.at(model, batch[seen], here, *best[going].moved(share[going]))
+            gain = tried.bound - best.bound[going]
+            best = best.replaced(going[gain > 0], tried[gain > 0])
+            arrived = torch.where(gain > 0, gain < ENOUGH, share[going] < 1)
+            share[going] = torch.where(gain > 0, 1.0, SHORT)
+            going = going[~arrived]
+            if len(going) == 0:
+                break
         return best.mean, best.root
 
 
@@ -99,7 +108,9 @@ class _Gaussian(Rows):
         )
         slope = torch.einsum("nij,nia->nja", root, slope).unflatten(-1, (zdim, 2))
         bent = (slope[..., 1] - slope[..., 0]) / (2 * reach)
-        bound = height.mean(-1) + torch.linalg.slogdet(root)[1]
+        # Points nearer than sqrt(zdim) see less than the Gaussian's spread: the bend makes up for the rest.
+        unseen = 0.5 * (1 - reach**2 / zdim) * bent.diagonal(dim1=1, dim2=2).sum(-1)
+        bound = height.mean(-1) - unseen + torch.linalg.slogdet(root)[1]
         return _Gaussian(mean, root, bound, slope.mean((-2, -1)), 0.5 * (bent + bent.mT))
 
     def moved(self, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,10 +122,9 @@ class _Gaussian(Rows):
         narrower = value ** (-0.5 * share[:, None])
         return self.mean + (self.root @ step)[..., 0], self.root @ (turn * narrower[:, None, :])
 
-    def replaced(self, where: Tensor, by: _Gaussian) -> _Gaussian:
-        """Other ones at some rows (n,)."""
-        pairs = zip(by.tensors, self.tensors, strict=True)
-        return _Gaussian(*(torch.where(where.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs))
+    def replaced(self, rows: Tensor, by: _Gaussian) -> _Gaussian:
+        """Other ones at some rows (m,) long."""
+        return _Gaussian(*(old.index_copy(0, rows, new) for new, old in zip(by.tensors, self.tensors, strict=True)))
 
 
 def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
