@@ -10,15 +10,17 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.model import CryoModel
+from pyro_cryo.pose import KnownPose
 from pyro_cryo.rows import Rows
 
 ROUNDS = 12  # of Newton's method at most
 ENOUGH = 1e-2  # nats: a particle whose bound rose by less in a step has arrived
 SHORT = 0.25  # of a step that was refused, tried before it is said to have arrived
-BOUND = 10.0  # by which the precision along an axis may change in one
+NARROWER, WIDER = 10.0, 2.0  # by which the variance along an axis may shrink and grow in one: less is known outside
 FARTHEST = 2.0  # sd from the mean at which the posterior is looked at
 
 
@@ -34,12 +36,21 @@ class SemiAmortised(nn.Module):
     along its axes, the second derivative from differences of the first between them. Sites that the encoder guesses
     beside z it goes on guessing; z is climbed at their means.
 
-    model: of continuous z, at poses that are known
+    model: of a z that may be anywhere, at poses that are known
     start: a guide with posterior(batch)
+
+    Raises ValueError for other models.
     """
 
     def __init__(self, model: CryoModel, start: nn.Module) -> None:
         super().__init__()
+        if not isinstance(model.poses, KnownPose):
+            raise ValueError(
+                f"poses are {type(model.poses).__name__}, of which every draw would need a climb of its own; fit "
+                "particles whose poses are known"
+            )
+        if not _anywhere(model):
+            raise ValueError(f"z of {type(model).__name__} cannot be anywhere, as a Gaussian's; keep the model's guide")
         self._parts = (model, start)
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -116,7 +127,7 @@ class _Gaussian(Rows):
     def moved(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and root after a share (n,) of a step."""
         value, turn = torch.linalg.eigh(self.bent)
-        value = value.clamp(1 / BOUND, BOUND)
+        value = value.clamp(1 / WIDER, NARROWER)
         step = turn @ ((turn.mT @ self.slope[..., None]) / value[..., None])
         step = step.clamp(-FARTHEST, FARTHEST) * share[:, None, None]
         narrower = value ** (-0.5 * share[:, None])
@@ -125,6 +136,18 @@ class _Gaussian(Rows):
     def replaced(self, rows: Tensor, by: _Gaussian) -> _Gaussian:
         """Other ones at some rows (m,) long."""
         return _Gaussian(*(old.index_copy(0, rows, new) for new, old in zip(by.tensors, self.tensors, strict=True)))
+
+
+def _anywhere(model: CryoModel) -> bool:
+    """Whether z has a density all over R^zdim."""
+    if model.zdim == 0:
+        return False
+    with torch.no_grad():
+        prior: Any = poutine.trace(model.latent).get_trace().nodes["z"]["fn"]  # type: ignore[arg-type]
+    support = prior.support
+    while hasattr(support, "base_constraint"):  # of several coordinates, or of a mixture
+        support = support.base_constraint
+    return isinstance(support, type(constraints.real)) and not prior.has_enumerate_support
 
 
 def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

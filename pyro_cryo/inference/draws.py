@@ -74,7 +74,7 @@ def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
 def picked(found: Draws, batch: Batch, draws: int, generator: torch.Generator) -> Draws:
     """S draws that are the exact posterior's, of draws all weighed; of a particle that is not trusted the first S.
 
-    Some are picked more than once: from several times S, few are.
+    Those that weigh more than 1 / S of all are picked more than once: from several times S, few do.
     """
     chosen = resampled(found.smoothed[0], draws, generator)
     chosen = torch.where(found.trusted, chosen, torch.arange(draws)[:, None]).to(found.log_weight.device)
