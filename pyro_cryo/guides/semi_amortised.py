@@ -17,6 +17,7 @@ from pyro_cryo.model import CryoModel
 from pyro_cryo.pose import KnownPose
 from pyro_cryo.rows import Rows
 
+LOOKS = 16  # at draws of the encoder's, beside its mean: the climb begins at the best
 ROUNDS = 12  # of Newton's method at most
 ENOUGH = 1e-2  # nats: a particle whose bound rose by less in a step has arrived
 SHORT = 0.25  # of a step that was refused, tried before it is said to have arrived
@@ -28,7 +29,7 @@ class SemiAmortised(nn.Module):
     """q(z | images) is the Gaussian, with its covariance in full, of largest evidence bound for each particle.
 
     An encoder is one function for all images; what it loses of each (Kim et al., ICML 2018) Newton's method gets back.
-    From its mean and covariance a Gaussian is moved to where, over it,
+    From the likeliest of its mean and some of its draws a Gaussian is moved to where, over it,
 
         E[d log p(images, z)] = 0    and    E[-d^2 log p(images, z)] is its precision
 
@@ -75,9 +76,10 @@ class SemiAmortised(nn.Module):
         with torch.no_grad():
             mean, covariance = start.posterior(batch)  # type: ignore[operator]
             trace: Any = poutine.trace(start).get_trace(batch)
-        names = [name for name in trace.stochastic_nodes if name not in ("z", "particles")]
-        others = {name: trace.nodes[name]["fn"].mean for name in names}
-        best = _Gaussian.at(model, batch, others, mean, torch.linalg.cholesky(covariance))
+            names = [name for name in trace.stochastic_nodes if name not in ("z", "particles")]
+            others = {name: trace.nodes[name]["fn"].mean for name in names}
+            begun = _begun(model, batch, others, mean, covariance)
+        best = _Gaussian.at(model, batch, others, *begun)
         share = torch.ones_like(best.bound)
         going = torch.arange(len(share), device=share.device)
         for _ in range(ROUNDS):
@@ -150,10 +152,26 @@ def _anywhere(model: CryoModel) -> bool:
     return isinstance(support, type(constraints.real)) and not prior.has_enumerate_support
 
 
+def _begun(
+    model: CryoModel, batch: Batch, others: dict[str, Tensor], mean: Tensor, covariance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The likeliest of the mean and of LOOKS draws (n, zdim), and a root of half the sd; the same ones every time."""
+    root = torch.linalg.cholesky(covariance)
+    white = torch.randn(LOOKS, 1, mean.shape[1], 1, generator=torch.Generator().manual_seed(0)).to(root)
+    tried = torch.cat([mean[None], mean + (root @ white)[..., 0]])
+    height = torch.stack([_height(model, batch, others, z) for z in tried])
+    return tried[height.argmax(0), torch.arange(len(mean), device=mean.device)], 0.5 * root
+
+
 def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(images, z) at z (n,) and its gradient (n, zdim)."""
+    """log p(images, z) (n,) at z (n, zdim) and its gradient (n, zdim)."""
     with torch.enable_grad():
         at = z.detach().requires_grad_()
-        nodes: Any = poutine.trace(poutine.condition(model, {**others, "z": at})).get_trace(batch).nodes
-        height = batch.window_power * nodes["image"]["fn"].log_prob(batch.image) + nodes["z"]["fn"].log_prob(at)
+        height = _height(model, batch, others, at)
         return height.detach(), torch.autograd.grad(height.sum(), at)[0]
+
+
+def _height(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> Tensor:
+    """log p(images, z) (n,) at z (n, zdim)."""
+    nodes: Any = poutine.trace(poutine.condition(model, {**others, "z": z})).get_trace(batch).nodes
+    return batch.window_power * nodes["image"]["fn"].log_prob(batch.image) + nodes["z"]["fn"].log_prob(z)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pyro_cryo.analysis.amortisation import amortisation
+from pyro_cryo.analysis.calibration import LIKELIHOOD, sbc
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
@@ -63,6 +64,17 @@ def test_all_that_asks_the_guide_asks_the_better_one(run: Run, particles: Partic
     assert float(abs(z.z - run.encode(particles[:30]).z).max()) > 0.01
     stats = better.posterior(particles[:30], draws=60, corrected=True).sample_stats
     assert float(stats["corrected"].mean()) > 0.8
+
+
+def test_its_own_images_are_nearer_to_what_it_says(run: Run, particles: Particles) -> None:
+    """The encoder, two passes old, hardly tells images apart: only the rank of the likelihood says so."""
+    encoder, best = (sbc(one, particles, 19) for one in (run, run.semi_amortised()))
+    strays = [found[LIKELIHOOD].uniformity().excess for found in (encoder, best)]
+    assert float(strays[0]) > 0.2
+    assert float(strays[1]) < 0.1
+    assert float(best["z"].sharpness.mean()) < 0.8 * float(encoder["z"].sharpness.mean())
+    held = best["z"].coverage(0.9)
+    assert float((held.interval - 0.9).abs().max()) < 0.05 + 2 * held.error
 
 
 def test_what_has_no_best_gaussian_is_refused(run: Run, particles: Particles) -> None:
