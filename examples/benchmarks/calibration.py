@@ -10,13 +10,16 @@ linear:  with the true V0 and U and the noise learned from the images, ranks of 
          images stands what comes out where their noise, which is correlated, is counted as if it were not
 fitted:  with `linear_subspace` fitted to 2,000 images, the average of V(z_i) over a region, of 1,000 others: within its
          90% interval at the fitted maps, and with what maps from other images differ by added
-network: `cryodrgn` fitted to 2,000 images, and the ranks of z of images that it makes itself
+network: `cryodrgn` fitted to 2,000 images, and the ranks of z of images that it makes itself: under its encoder's q,
+         under the best Gaussian for each image, and in draws picked from that by their weights; then what the encoder
+         loses of the evidence of the images
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ import mrcfile
 import torch
 from torch import Tensor
 
+from pyro_cryo.analysis.amortisation import amortisation
 from pyro_cryo.analysis.calibration import Calibration, calibration, sbc
 from pyro_cryo.analysis.predictive import residual_power
 from pyro_cryo.data.density_maps import DensityMaps, kaiser_bessel_grid, read_kaiser_bessel
@@ -32,6 +36,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.pixels import window_power
 from pyro_cryo.data.simulate import simulate
 from pyro_cryo.inference.fit import fit
+from pyro_cryo.inference.importance import GOOD
 from pyro_cryo.inference.reconstruct import image_power
 from pyro_cryo.inference.run import Run
 from pyro_cryo.models.cryodrgn import CryoDRGN
@@ -42,6 +47,7 @@ RANK = 3
 MOTION = 0.3  # norm of each U over that of V0
 BALL = 0.5  # radius of the molecule over half the box
 DRAWS, NETWORK_DRAWS = 99, 39
+WEIGHED = 200  # draws, of which those are picked
 WINDOWS = (None, 0.85, 0.6)
 ROUNDS = 5  # of sigma
 FITTED, HELD = 2000, 1000
@@ -193,9 +199,20 @@ def network(folder: Path, box: int, snr: float, epochs: int) -> None:
     case = make(folder / "network", FITTED, box, snr)
     particles = case.seen()
     run = fit(CryoDRGN(box, zdim=RANK, width=128, layers=2), particles, epochs=epochs)
-    print("cryodrgn, encoder\tin the band\tleast p\t50%\tregion\t90%\tregion\tsharpness")
-    for name, found in sbc(run, particles[:1000], NETWORK_DRAWS).items():
-        print(f"{name}\t{verdict(found)}", flush=True)
+    best, some = run.semi_amortised(), particles[:1000]
+    print("cryodrgn\tof\tin the band\tleast p\t50%\tregion\t90%\tregion\tsharpness\tseconds a particle")
+    for name, guide, weighed in (("encoder", run, 0), ("best Gaussian", best, 0), ("picked from it", best, WEIGHED)):
+        begun = time.perf_counter()
+        told = sbc(run, some, NETWORK_DRAWS, guide=lambda batch, of=guide: of.guide, weighed=weighed)
+        seconds = (time.perf_counter() - begun) / len(some)
+        for quantity, found in told.items():
+            print(f"{name}\t{quantity}\t{verdict(found)}\t{seconds:.3f}", flush=True)
+    lost = amortisation(run, some[:500])
+    good = [float((k < GOOD).double().mean()) for k in (lost.guide_k, lost.best_k)]
+    print(
+        f"nats an image: the encoder loses {float(lost.gap.mean()):.2f}, the best Gaussian {float(lost.left.mean()):.2f}"
+    )
+    print(f"share with k below {GOOD}: {good[0]:.3f}, {good[1]:.3f}")
 
 
 def main() -> None:

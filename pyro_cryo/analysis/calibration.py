@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.inference.draws import drawn, of_particles
+from pyro_cryo.inference.draws import drawn, of_particles, picked
 from pyro_cryo.inference.run import Run
 from pyro_cryo.physics.rotations import log
 
@@ -207,6 +207,7 @@ def sbc(
     seed: int = 0,
     batch_size: int = 128,
     guide: Callable[[Batch], Any] | None = None,
+    weighed: int = 0,
 ) -> dict[str, Calibration]:
     """Simulation-based calibration of a run's guide: is q(latents | image) the posterior under the model as fitted?
 
@@ -217,10 +218,13 @@ def sbc(
     draws: S; S + 1 divisible by 20 lets 50% and 90% regions be exact
     guide: gives the guide of a batch of simulated images, where it is not the run's: posteriors that are found image by
            image, as those of poses are, have to be found for these
+    weighed: from so many draws, S or more, S are picked by what they weigh beside the model, where k is below 0.7, as
+           `Run.posterior(corrected=True)` does; 0: the guide's own draws. A few times S lets few be picked twice
 
     By quantity: `z`, its coordinates; `z along`, along random directions; `rotation`, the turn about three axes from
     the table's, radians, and its angle; `translation`, pixels, of a particle's first image; other sites; and
-    `likelihood`, log p(image | latents). Raises ValueError where a run has a table of poses and no guide is given.
+    `likelihood`, log p(image | latents). Raises ValueError where a run has a table of poses and no guide is given, or
+    fewer draws are weighed than picked.
 
         for name, found in sbc(run, particles[:1000]).items():
             print(name, found.uniformity().inside, found.coverage(0.9).interval, found.sharpness)
@@ -230,7 +234,10 @@ def sbc(
             "the poses of this run have a table of posteriors, of its own images; give guide=, which finds those of "
             "simulated ones"
         )
+    if 0 < weighed < draws:
+        raise ValueError(f"{draws} draws are to be picked from {weighed}; expected weighed=0, or at least {draws}")
     ask = guide or (lambda batch: run.guide)
+    generator = torch.Generator().manual_seed(seed)
     truths: list[Values] = []
     answers: list[Values] = []
     with torch.random.fork_rng(), torch.no_grad():
@@ -239,12 +246,12 @@ def sbc(
             made = simulated(run, batch)
             with torch.enable_grad():
                 asked = ask(made.batch)
-            answer = drawn(replace(run, guide=asked), made.batch, draws).sites
-            latent = {name: value for name, value in answer.items() if name in made.latent}
+            found = drawn(replace(run, guide=asked), made.batch, max(draws, weighed), weighed)
+            answer = picked(found, made.batch, draws, generator) if weighed else found
+            latent = {name: value for name, value in answer.sites.items() if name in made.latent}
             told = [_log_likelihood(run, made, {name: v[s] for name, v in latent.items()}) for s in range(draws)]
             truths.append(_quantities(made.latent, made.log_likelihood, latent, made.batch))
             answers.append(_quantities(latent, torch.stack(told), latent, made.batch))
-    generator = torch.Generator().manual_seed(seed)
     truth, answer = _joined(truths, 0), _joined(answers, 1)
     if "z" in truth and truth["z"].shape[-1] > 1:
         truth["z along"], answer["z along"] = _along(truth["z"], answer["z"], generator)

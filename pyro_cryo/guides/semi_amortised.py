@@ -10,13 +10,18 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.model import CryoModel
+from pyro_cryo.pose import KnownPose
 from pyro_cryo.rows import Rows
 
-ROUNDS = 8  # of Newton's method
-BOUND = 10.0  # by which the precision along an axis may change in one
+LOOKS = 16  # at draws of the encoder's, beside its mean: the climb begins at the best
+ROUNDS = 12  # of Newton's method at most
+ENOUGH = 1e-2  # nats: a particle whose bound rose by less in a step has arrived
+SHORT = 0.25  # of a step that was refused, tried before it is said to have arrived
+NARROWER, WIDER = 10.0, 2.0  # by which the variance along an axis may shrink and grow in one: less is known outside
 FARTHEST = 2.0  # sd from the mean at which the posterior is looked at
 
 
@@ -24,7 +29,7 @@ class SemiAmortised(nn.Module):
     """q(z | images) is the Gaussian, with its covariance in full, of largest evidence bound for each particle.
 
     An encoder is one function for all images; what it loses of each (Kim et al., ICML 2018) Newton's method gets back.
-    From its mean and covariance a Gaussian is moved to where, over it,
+    From the likeliest of its mean and some of its draws a Gaussian is moved to where, over it,
 
         E[d log p(images, z)] = 0    and    E[-d^2 log p(images, z)] is its precision
 
@@ -32,12 +37,21 @@ class SemiAmortised(nn.Module):
     along its axes, the second derivative from differences of the first between them. Sites that the encoder guesses
     beside z it goes on guessing; z is climbed at their means.
 
-    model: of continuous z, at poses that are known
+    model: of a z that may be anywhere, at poses that are known
     start: a guide with posterior(batch)
+
+    Raises ValueError for other models.
     """
 
     def __init__(self, model: CryoModel, start: nn.Module) -> None:
         super().__init__()
+        if not isinstance(model.poses, KnownPose):
+            raise ValueError(
+                f"poses are {type(model.poses).__name__}, of which every draw would need a climb of its own; fit "
+                "particles whose poses are known"
+            )
+        if not _anywhere(model):
+            raise ValueError(f"z of {type(model).__name__} cannot be anywhere, as a Gaussian's; keep the model's guide")
         self._parts = (model, start)
 
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -62,15 +76,23 @@ class SemiAmortised(nn.Module):
         with torch.no_grad():
             mean, covariance = start.posterior(batch)  # type: ignore[operator]
             trace: Any = poutine.trace(start).get_trace(batch)
-        names = [name for name in trace.stochastic_nodes if name not in ("z", "particles")]
-        others = {name: trace.nodes[name]["fn"].mean for name in names}
-        best = _Gaussian.at(model, batch, others, mean, torch.linalg.cholesky(covariance))
+            names = [name for name in trace.stochastic_nodes if name not in ("z", "particles")]
+            others = {name: trace.nodes[name]["fn"].mean for name in names}
+            begun = _begun(model, batch, others, mean, covariance)
+        best = _Gaussian.at(model, batch, others, *begun)
         share = torch.ones_like(best.bound)
+        going = torch.arange(len(share), device=share.device)
         for _ in range(ROUNDS):
-            tried = _Gaussian.at(model, batch, others, *best.moved(share))
-            higher = tried.bound > best.bound
-            best = best.replaced(higher, tried)
-            share = torch.where(higher, 1.0, 0.25 * share)
+            seen = torch.isin(batch.particle, going)
+            here = {name: value[going if len(value) == len(share) else seen] for name, value in others.items()}
+            tried = _Gaussian.at(model, batch[seen], here, *best[going].moved(share[going]))
+            gain = tried.bound - best.bound[going]
+            best = best.replaced(going[gain > 0], tried[gain > 0])
+            arrived = torch.where(gain > 0, gain < ENOUGH, share[going] < 1)
+            share[going] = torch.where(gain > 0, 1.0, SHORT)
+            going = going[~arrived]
+            if len(going) == 0:
+                break
         return best.mean, best.root
 
 
@@ -99,28 +121,57 @@ class _Gaussian(Rows):
         )
         slope = torch.einsum("nij,nia->nja", root, slope).unflatten(-1, (zdim, 2))
         bent = (slope[..., 1] - slope[..., 0]) / (2 * reach)
-        bound = height.mean(-1) + torch.linalg.slogdet(root)[1]
+        # Points nearer than sqrt(zdim) see less than the Gaussian's spread: the bend makes up for the rest.
+        unseen = 0.5 * (1 - reach**2 / zdim) * bent.diagonal(dim1=1, dim2=2).sum(-1)
+        bound = height.mean(-1) - unseen + torch.linalg.slogdet(root)[1]
         return _Gaussian(mean, root, bound, slope.mean((-2, -1)), 0.5 * (bent + bent.mT))
 
     def moved(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and root after a share (n,) of a step."""
         value, turn = torch.linalg.eigh(self.bent)
-        value = value.clamp(1 / BOUND, BOUND)
+        value = value.clamp(1 / WIDER, NARROWER)
         step = turn @ ((turn.mT @ self.slope[..., None]) / value[..., None])
         step = step.clamp(-FARTHEST, FARTHEST) * share[:, None, None]
         narrower = value ** (-0.5 * share[:, None])
         return self.mean + (self.root @ step)[..., 0], self.root @ (turn * narrower[:, None, :])
 
-    def replaced(self, where: Tensor, by: _Gaussian) -> _Gaussian:
-        """Other ones at some rows (n,)."""
-        pairs = zip(by.tensors, self.tensors, strict=True)
-        return _Gaussian(*(torch.where(where.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs))
+    def replaced(self, rows: Tensor, by: _Gaussian) -> _Gaussian:
+        """Other ones at some rows (m,) long."""
+        return _Gaussian(*(old.index_copy(0, rows, new) for new, old in zip(by.tensors, self.tensors, strict=True)))
+
+
+def _anywhere(model: CryoModel) -> bool:
+    """Whether z has a density all over R^zdim."""
+    if model.zdim == 0:
+        return False
+    with torch.no_grad():
+        prior: Any = poutine.trace(model.latent).get_trace().nodes["z"]["fn"]  # type: ignore[arg-type]
+    support = prior.support
+    while hasattr(support, "base_constraint"):  # of several coordinates, or of a mixture
+        support = support.base_constraint
+    return isinstance(support, type(constraints.real)) and not prior.has_enumerate_support
+
+
+def _begun(
+    model: CryoModel, batch: Batch, others: dict[str, Tensor], mean: Tensor, covariance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The likeliest of the mean and of LOOKS draws (n, zdim), and a root of half the sd; the same ones every time."""
+    root = torch.linalg.cholesky(covariance)
+    white = torch.randn(LOOKS, 1, mean.shape[1], 1, generator=torch.Generator().manual_seed(0)).to(root)
+    tried = torch.cat([mean[None], mean + (root @ white)[..., 0]])
+    height = torch.stack([_height(model, batch, others, z) for z in tried])
+    return tried[height.argmax(0), torch.arange(len(mean), device=mean.device)], 0.5 * root
 
 
 def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(images, z) at z (n,) and its gradient (n, zdim)."""
+    """log p(images, z) (n,) at z (n, zdim) and its gradient (n, zdim)."""
     with torch.enable_grad():
         at = z.detach().requires_grad_()
-        nodes: Any = poutine.trace(poutine.condition(model, {**others, "z": at})).get_trace(batch).nodes
-        height = batch.window_power * nodes["image"]["fn"].log_prob(batch.image) + nodes["z"]["fn"].log_prob(at)
+        height = _height(model, batch, others, at)
         return height.detach(), torch.autograd.grad(height.sum(), at)[0]
+
+
+def _height(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> Tensor:
+    """log p(images, z) (n,) at z (n, zdim)."""
+    nodes: Any = poutine.trace(poutine.condition(model, {**others, "z": z})).get_trace(batch).nodes
+    return batch.window_power * nodes["image"]["fn"].log_prob(batch.image) + nodes["z"]["fn"].log_prob(z)

@@ -11,6 +11,7 @@ the tail says so (`pyro_cryo.inference.importance`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -19,6 +20,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
+from pyro_cryo.inference.importance import GOOD, pareto_smoothed, resampled
 
 if TYPE_CHECKING:
     from pyro_cryo.inference.run import Run
@@ -34,6 +36,16 @@ class Draws:
 
     sites: dict[str, Tensor]
     log_weight: Tensor
+
+    @cached_property
+    def smoothed(self) -> tuple[Tensor, Tensor]:
+        """Normalised log weights (W, n), their tails smoothed, and Pareto's k (n,); on the CPU."""
+        return pareto_smoothed(self.log_weight.cpu())
+
+    @property
+    def trusted(self) -> Tensor:
+        """(n,) whether weighed draws stand for the posterior: k is below 0.7."""
+        return self.smoothed[1] < GOOD
 
 
 def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
@@ -59,6 +71,17 @@ def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
             given = shared | {name: value[s] for name, value in sites.items()}
             log_weight[s] += log_density(trace_of(poutine.condition(run.model, given), batch), batch)
     return Draws(sites, log_weight)
+
+
+def picked(found: Draws, batch: Batch, draws: int, generator: torch.Generator) -> Draws:
+    """S draws that are the exact posterior's, of draws all weighed; of a particle that is not trusted the first S.
+
+    Those that weigh more than 1 / S of all are picked more than once: from several times S, few do.
+    """
+    chosen = resampled(found.smoothed[0], draws, generator)
+    chosen = torch.where(found.trusted, chosen, torch.arange(draws)[:, None]).to(found.log_weight.device)
+    sites = {name: _at(value, chosen, batch) for name, value in found.sites.items()}
+    return Draws(sites, found.log_weight.gather(0, chosen))
 
 
 def predicted(run: Run, batch: Batch, sites: dict[str, Tensor]) -> Tensor:
@@ -99,3 +122,10 @@ def _traces(run: Run, batch: Batch, draws: int) -> list[Any]:
         return [trace_of(run.guide, batch) for _ in range(draws)]
     with pyro.plate("draws", draws, dim=-2), poutine.block(hide_fn=lambda node: not of_particles(node)):
         return [trace_of(run.guide, batch)]
+
+
+def _at(value: Tensor, draw: Tensor, batch: Batch) -> Tensor:
+    """Of a site (W, n, *event) or (W, B, *event) the draws (S, n) of each particle."""
+    draw = draw if value.shape[1] == batch.particles else batch.of_images(draw, 1)
+    draw = draw.view(*draw.shape, *[1] * (value.ndim - 2))
+    return value.gather(0, draw.expand(*draw.shape[:2], *value.shape[2:]))

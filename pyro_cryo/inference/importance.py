@@ -33,8 +33,16 @@ def pareto_smoothed(log_weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resampled(log_weight: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Which of S draws to take, in proportion to their weights (S, n), with repetition: (draws, n) long."""
-    return torch.multinomial(log_weight.T.exp(), draws, replacement=True, generator=generator).T
+    """Which of S draws to take, in proportion to their weights exp(log_weight) (S, n): (draws, n) long.
+
+    Each as often as its share of `draws` says, rounded down or up at random, so that none comes again that need not.
+    Source: systematic resampling, Kitagawa, Journal of Computational and Graphical Statistics 5 (1996).
+    """
+    reached = log_weight.double().exp().cumsum(0).T.contiguous()  # (n, S)
+    chance = torch.rand(len(reached), 1 + draws, generator=generator, dtype=torch.float64).to(reached.device)
+    place = (torch.arange(draws, device=reached.device) + chance[:, :1]) / draws * reached[:, -1:]
+    chosen = torch.searchsorted(reached, place, right=True).clamp_max(len(log_weight) - 1)
+    return chosen.gather(1, chance[:, 1:].argsort(1)).T
 
 
 def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.inference.draws import drawn, predicted
-from pyro_cryo.inference.importance import GOOD, pareto_smoothed, resampled
+from pyro_cryo.inference.draws import drawn, picked, predicted
 from pyro_cryo.physics.rotations import log
 from pyro_cryo.progress import Progress, quiet
 
@@ -154,13 +153,8 @@ def _of_batch(
     run: Run, batch: Batch, draws: int, weighed: int, corrected: bool, predictive: int, generator: torch.Generator
 ) -> Tables:
     found = drawn(run, batch, draws, weighed)
-    sites, log_weight = found.sites, found.log_weight.cpu()
-    smoothed, k = pareto_smoothed(log_weight)
-    trusted = (k < GOOD) & corrected
-    if corrected:
-        picked = torch.where(trusted, resampled(smoothed, draws, generator), torch.arange(draws)[:, None])
-        sites = {name: _picked(value, picked.to(value.device), batch) for name, value in sites.items()}
-        log_weight = log_weight.gather(0, picked)
+    kept = picked(found, batch, draws, generator) if corrected else found
+    sites, log_weight = dict(kept.sites), kept.log_weight.cpu()
     images = [predicted(run, batch, {name: value[s] for name, value in sites.items()}) for s in range(predictive)]
     if "rotation" in sites:
         assert run.poses is not None
@@ -172,18 +166,12 @@ def _of_batch(
         rest = log_weight.new_full((draws - weighed, batch.particles), math.nan)
         tables["sample_stats"] = {
             "log_weight": torch.cat([log_weight, rest]),
-            "pareto_k": k[None],
+            "pareto_k": found.smoothed[1][None],
             "log_evidence": evidence,
-            "corrected": trusted[None],
+            "corrected": (found.trusted & corrected)[None],
         }
         tables["log_likelihood"] = {"image": evidence + TREMOR * torch.randn(draws, batch.particles).double()}
     if predictive:
         tables["posterior_predictive"] = {"image": torch.stack(images).cpu()}
         tables["observed_data"] = {"image": batch.image[None].cpu()}
     return tables
-
-
-def _picked(value: Tensor, draw: Tensor, batch: Batch) -> Tensor:
-    """Of a site (S, n, *event) or (S, B, *event) the draws (S, n) of each particle."""
-    draw = draw if value.shape[1] == batch.particles else batch.of_images(draw, 1)
-    return value.gather(0, draw.view(*draw.shape, *[1] * (value.ndim - 2)).expand_as(value))

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.defocus import Defocus
+from pyro_cryo.guides.exact import ExactGuide
 from pyro_cryo.guides.pose_mixture import PosedGuide, PoseMixture
 from pyro_cryo.guides.pose_table import open_table, write_table
 from pyro_cryo.guides.poses import PoseModes
+from pyro_cryo.guides.semi_amortised import SemiAmortised
 from pyro_cryo.inference.posterior import posterior
 from pyro_cryo.inference.state import (
     build_model,
@@ -176,8 +178,7 @@ class Run:
 
     def encode(self, particles: Particles, batch_size: int = 256, progress: Progress = quiet) -> Latent:
         """Posterior moments of z for any particles of the same box and pixel size."""
-        if self.model.zdim == 0:
-            raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
+        self.refuse_without_z()
         means, covariances = [], []
         with torch.no_grad():
             batches = self.batches(particles, batch_size)
@@ -187,6 +188,27 @@ class Run:
                 covariances.append(covariance.cpu())
         z, z_cov = torch.cat(means).numpy(), torch.cat(covariances).numpy()
         return Latent(np.arange(particles.n_particles), z, z_cov)
+
+    def refuse_without_z(self) -> None:
+        """Raise ValueError where nothing but poses is latent."""
+        if self.model.zdim == 0:
+            raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
+
+    def semi_amortised(self) -> Run:
+        """The same run with the best Gaussian for each particle as q(z | images), which the encoder only begins.
+
+        Whatever asks its guide, `posterior`, `encode`, `log_evidence` or `sbc`, gets better answers, at some 10 zdim
+        looks of the model at each image. It is kept in memory: a folder has the latents of the run's own guide.
+
+        Raises ValueError where there is no z, it cannot be anywhere, poses are not known or the guide is exact.
+        """
+        self.refuse_without_z()
+        if isinstance(self.guide, ExactGuide):
+            raise ValueError(
+                f"q(z | images) of {type(self.model).__name__} is the exact posterior; nothing is better than this run"
+            )
+        assert self.guide is not None
+        return replace(self, guide=SemiAmortised(self.model, self.guide), folder=None)
 
     def some(self, index: Sequence[int]) -> Particles:
         """The run's particles of these numbers, each with all its images. ValueError where one is not there."""

@@ -168,6 +168,17 @@ def test_with_half_the_noise_it_is_not(particles: Particles) -> None:
     assert float(found["z"].coverage(0.9).region) < 0.7
 
 
+def test_draws_picked_by_weight_from_one_that_is_too_unsure_are_the_posteriors(particles: Particles) -> None:
+    run = run_of(with_maps(LinearSubspace(BOX, zdim=2, contrast=0.0), 1.0), particles)
+    unsure = with_maps(LinearSubspace(BOX, zdim=2, contrast=0.0), 2.0).make_guide()
+    drawn, picked = (sbc(run, particles, 19, guide=lambda batch: unsure, weighed=weighed) for weighed in (0, 100))
+    assert not bool(drawn[LIKELIHOOD].uniformity().inside.any())
+    for name, quantity in picked.items():
+        assert bool(quantity.uniformity(0.999).inside.all()), name
+    with pytest.raises(ValueError, match="19 draws are to be picked from 10; expected weighed=0, or at least 19"):
+        sbc(run, particles, 19, weighed=10)
+
+
 class Ignorant(torch.nn.Module):
     """q(z | image) = p(z)."""
 

@@ -97,6 +97,16 @@ def test_k_is_small_where_draws_cover_the_posterior_and_large_where_they_do_not(
     assert float((sd * 1.3 - 1).abs().mean()) < 0.05
 
 
+def test_a_draw_comes_as_often_as_its_weight_says() -> None:
+    weight = torch.tensor([[0.5, 0.1], [0.3, 0.1], [0.2, 0.8]]).double()
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.stack([resampled(weight.log(), 3, generator) for _ in range(2000)])  # (2000, 3, 2)
+    times = torch.stack([(counts == s).sum(1) for s in range(3)], 1).double()
+    assert bool(((times - 3 * weight).abs() < 1).all())
+    torch.testing.assert_close(times.mean(0), 3 * weight, atol=0.05, rtol=0)
+    assert float((counts[:, 0, 0] == 0).double().mean() - 0.5) < 0.05  # in no order
+
+
 def test_picked_draws_are_the_posteriors_where_the_guide_is_not(run: Run, particles: Particles) -> None:
     wrong = replace(run, guide=Elsewhere(run.guide, 0.8, 1.5))
     mean, covariance = (v.numpy() for v in run.guide.posterior(particles.batch(slice(0, 30))))  # type: ignore[union-attr, operator]

@@ -116,6 +116,17 @@ def test_the_latents_are_the_posterior_of_the_guide(toy: Path, cryodrgn_run: Pat
     assert_allclose(run.latent.z_cov[[5, 300]], torch.diag_embed(sd**2), atol=1e-5)
 
 
+def test_a_better_guide_takes_nothing_from_the_folder(toy: Path, cryodrgn_run: Path) -> None:
+    run = Run.load(cryodrgn_run)
+    better = run.semi_amortised()
+    few = Particles.open(toy)[:20]
+    assert better.folder is None
+    assert_allclose(better.volume(np.zeros((1, run.model.zdim))), run.volume(np.zeros((1, run.model.zdim))))
+    z, own = better.encode(few), run.encode(few)
+    assert np.abs(z.z - own.z).max() > 0.01
+    assert np.abs(run.latent.z[:20] - own.z).max() < 1e-5
+
+
 def test_particles_that_moved_or_changed(toy: Path, particles, small_model, tmp_path: Path) -> None:
     shutil.copytree(toy.parent, tmp_path / "case")
     star = tmp_path / "case" / "particles.star"
