@@ -201,17 +201,16 @@ def network(folder: Path, box: int, snr: float, epochs: int) -> None:
     run = fit(CryoDRGN(box, zdim=RANK, width=128, layers=2), particles, epochs=epochs)
     best, some = run.semi_amortised(), particles[:1000]
     print("cryodrgn\tof\tin the band\tleast p\t50%\tregion\t90%\tregion\tsharpness\tseconds a particle")
-    for name, guide, weighed in (("encoder", run, 0), ("best Gaussian", best, 0), ("picked from it", best, WEIGHED)):
+    for name, asked, weighed in (("encoder", run, 0), ("best Gaussian", best, 0), ("picked from it", best, WEIGHED)):
         begun = time.perf_counter()
-        told = sbc(run, some, NETWORK_DRAWS, guide=lambda batch, of=guide: of.guide, weighed=weighed)
+        told = sbc(asked, some, NETWORK_DRAWS, weighed=weighed)
         seconds = (time.perf_counter() - begun) / len(some)
         for quantity, found in told.items():
             print(f"{name}\t{quantity}\t{verdict(found)}\t{seconds:.3f}", flush=True)
     lost = amortisation(run, some[:500])
     good = [float((k < GOOD).double().mean()) for k in (lost.guide_k, lost.best_k)]
-    print(
-        f"nats an image: the encoder loses {float(lost.gap.mean()):.2f}, the best Gaussian {float(lost.left.mean()):.2f}"
-    )
+    gap, left = float(lost.gap.mean()), float(lost.left.mean())
+    print(f"nats an image: the encoder loses {gap:.2f}, the best Gaussian {left:.2f} more")
     print(f"share with k below {GOOD}: {good[0]:.3f}, {good[1]:.3f}")
 
 

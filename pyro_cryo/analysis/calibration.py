@@ -246,9 +246,9 @@ def sbc(
             made = simulated(run, batch)
             with torch.enable_grad():
                 asked = ask(made.batch)
-            found = drawn(replace(run, guide=asked), made.batch, max(draws, weighed), weighed)
-            answer = picked(found, made.batch, draws, generator) if weighed else found
-            latent = {name: value for name, value in answer.sites.items() if name in made.latent}
+            every = drawn(replace(run, guide=asked), made.batch, max(draws, weighed), weighed)
+            kept = picked(every, made.batch, draws, generator) if weighed else every
+            latent = {name: value for name, value in kept.sites.items() if name in made.latent}
             told = [_log_likelihood(run, made, {name: v[s] for name, v in latent.items()}) for s in range(draws)]
             truths.append(_quantities(made.latent, made.log_likelihood, latent, made.batch))
             answers.append(_quantities(latent, torch.stack(told), latent, made.batch))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pyro_cryo.analysis import check_plots, plots
-from pyro_cryo.analysis.association import FEWEST, pose_association
+from pyro_cryo.analysis.association import FEWEST as FEWEST_POSES
+from pyro_cryo.analysis.association import pose_association
 from pyro_cryo.analysis.calibration import sbc
 from pyro_cryo.analysis.half_sets import half_sets
 from pyro_cryo.analysis.predictive import image_fit, residual_power
@@ -18,16 +20,19 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.draws import drawn
 from pyro_cryo.inference.importance import GOOD, pareto_smoothed
 from pyro_cryo.inference.run import Run
+from pyro_cryo.inference.state import read_record
 from pyro_cryo.progress import Progress, quiet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SOUND, LOOK, BAD = "sound", "look at it", "not to be trusted"
+SOUND, LOOK, BAD, UNASKED = "sound", "look at it", "not to be trusted", "not asked"
+FEWEST = 25  # particles of which anything can be said
 WEIGHED = 100  # draws of a particle that tell k
 RANKED = 39  # draws of a simulated particle among which its truth is ranked
 STILL_FALLS = 0.02  # of a loss's fall over the second half of its passes, in the last: the fit is not done
 TOLERATED = 0.05  # of the noise's power, that a residual may be off whatever the count of images
+COLLAPSED = 0.05  # share of the variance of z between particles, below which z tells next to nothing
 JUNK = 0.01  # share of images that may fit badly
 
 
@@ -58,23 +63,26 @@ def check(
     halves:    also fit two halves of the particles anew, and see whether the motion comes back: as long as the fit
     """
     some, many = (spread(run.particles, count) for count in (particles, 10 * particles))
+    has_z = run.model.zdim > 0
     questions = [lambda: _converged(run), lambda: _noise(run, many, seed), lambda: _images(run, many, seed)]
-    if run.model.zdim or run.poses is not None:
+    if has_z or run.poses is not None:
         questions.append(lambda: _weights(run, some, seed))
-    if run.model.zdim:
-        questions.append(lambda: _known(run))
-    if run.model.zdim and run.poses is None:
-        questions.append(lambda: _calibrated(run, some, seed))
-    if run.model.zdim:
-        questions.append(lambda: _associated(run, many, seed))
-    if run.model.zdim and halves:
-        questions.append(lambda: _reproduced(run, seed))
-    return [answer for ask in progress(iter(questions), len(questions), "check") for answer in ask()]
+    if has_z:
+        questions += [lambda: _known(run), lambda: _calibrated(run, some, seed), lambda: _associated(run, many, seed)]
+        questions.append(lambda: _reproduced(run, seed, halves))
+    answers = [answer for ask in progress(iter(questions), len(questions), "check") for answer in ask()]
+    if not has_z:
+        answers.append(_unasked("Does anything move?", "The fit is of one map: fit manifold, and hold both (compare)."))
+    return answers
+
+
+def _unasked(question: str, why: str) -> Answer:
+    return Answer(question, UNASKED, why, "This says nothing for or against the fit.")
 
 
 def overall(answers: list[Answer]) -> str:
-    """The worst of the verdicts."""
-    return max((answer.verdict for answer in answers), key=(SOUND, LOOK, BAD).index)
+    """The worst of the verdicts, of what was asked."""
+    return max((answer.verdict for answer in answers), key=(UNASKED, SOUND, LOOK, BAD).index)
 
 
 def spread(particles: Particles, count: int) -> Particles:
@@ -85,15 +93,20 @@ def spread(particles: Particles, count: int) -> Particles:
 
 def _converged(run: Run) -> Iterator[Answer]:
     loss = [float(record["loss"]) for record in run.records if record.get("loss") is not None]
+    if not loss:  # solved for
+        return
+    question = "Has the fit converged?"
     if len(loss) < 4:
+        yield Answer(question, LOOK, f"{len(loss)} passes are too few to tell.", "Give more epochs.")
         return
     last, before = loss[-2] - loss[-1], loss[len(loss) // 2] - loss[-1]
-    share = last / before if before > 0 else 0.0
+    falls = last > 0.01 and last > max(STILL_FALLS, 2 / len(loss)) * before
+    did = f"lowered the loss by {last:.3f}" if last >= 0 else f"raised the loss by {-last:.3f}"
     yield Answer(
-        "Has the fit converged?",
-        LOOK if share > max(STILL_FALLS, 2 / len(loss)) and last > 0.01 else SOUND,
-        f"The last pass lowered the loss by {last:.3f} nats an image, of {before:.3f} since half of the passes.",
-        "The loss should be level at its end. Where it still falls, give more epochs.",
+        question,
+        LOOK if falls or last < -0.01 * abs(before) - 0.1 else SOUND,
+        f"The last pass {did} nats an image; since half of the passes it fell by {before:.3f}.",
+        "The loss should be level at its end. Where it still falls, give more epochs; where it rises, a smaller rate.",
         plots.learning_curve(run.records),
     )
 
@@ -118,6 +131,8 @@ def _noise(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
 def _images(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     found = image_fit(run, particles, seed)
     junk = found.junk()
+    if run.poses is None:  # numbers among those that were looked at, as yet
+        junk = particles.rows_in(run.particles).numpy()[junk]
     share = len(junk) / len(found.index)
     named = f", the first of them {', '.join(map(str, junk[:10]))}" if len(junk) else ""
     yield Answer(
@@ -148,7 +163,7 @@ def _weights(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
         said,
         "k is the tail of the weights p / q. Below 0.5 draws can be taken as they are, below 0.7 with their weights "
         "(posterior --corrected); above, the guide misses a part of that particle's posterior, and its uncertainty is "
-        "not to be trusted: try --semi-amortised.",
+        "not to be trusted: of a network try --semi-amortised.",
         None if exact == 1 else check_plots.pareto_k(k),
     )
 
@@ -160,7 +175,7 @@ def _known(run: Run) -> Iterator[Answer]:
     share = between / (between + within)
     yield Answer(
         "How much do the images tell of z?",
-        SOUND if share > 0.5 else LOOK,
+        SOUND if share > 0.5 else LOOK if share > COLLAPSED else BAD,
         f"Between particles lie {100 * share:.0f}% of the variance of z; the rest is what one does not know of each.",
         "A dot is a particle's posterior mean, an ellipse holds 90% of its posterior. Where ellipses are as large as "
         "the cloud, single particles say little, and clusters of means are no states.",
@@ -169,6 +184,10 @@ def _known(run: Run) -> Iterator[Answer]:
 
 
 def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
+    question = "Are posteriors of z as wide as they should be?"
+    if run.poses is not None:
+        yield _unasked(question, "Poses of simulated images would have to be found first, one by one.")
+        return
     found = sbc(run, particles, RANKED, seed)
     p_value = min(float(one.uniformity().p_value.min()) for one in found.values())
     tests = sum(one.ranks.shape[1] for one in found.values())
@@ -177,7 +196,7 @@ def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     interval, region = float(coverage.interval.mean()), float(coverage.region)
     sure = min(interval, region)
     yield Answer(
-        "Are posteriors of z as wide as they should be?",
+        question,
         SOUND if p_value * tests > 0.01 or abs(sure - 0.9) < 0.05 else LOOK if sure > 0.8 else BAD,
         f"Of {len(z.ranks)} particles that the fitted model made itself {100 * interval:.0f}% of coordinates lie in "
         f"their 90% intervals and {100 * region:.0f}% of particles in their 90% regions; posteriors are "
@@ -189,7 +208,7 @@ def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
 
 
 def _associated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
-    if particles.n_particles < FEWEST:
+    if particles.n_particles < FEWEST_POSES:
         return
     z = run.latent.z
     if not np.ptp(z, axis=0).any():
@@ -206,11 +225,19 @@ def _associated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     )
 
 
-def _reproduced(run: Run, seed: int) -> Iterator[Answer]:
-    found = half_sets(lambda: type(run.model)(**run.model.arguments), run.particles, seed)
+def _reproduced(run: Run, seed: int, halves: bool) -> Iterator[Answer]:
+    question = "Does the motion come back in the other half of the particles?"
+    if not halves or run.poses is not None:
+        why = "Ask for it with --halves." if run.poses is None else "Poses were found with all particles together."
+        yield _unasked(question, why)
+        return
+    settings = {} if run.folder is None else read_record(run.folder)["settings"]
+    how = {name: settings[name] for name in ("epochs", "batch_size", "learning_rate", "precision") if name in settings}
+    build = partial(type(run.model), **run.model.arguments)
+    found = half_sets(build, run.particles, seed, device=str(run.device), **how)
     r2 = min(found.r2)
     yield Answer(
-        "Does the motion come back in the other half of the particles?",
+        question,
         SOUND if r2 > 0.5 and np.isfinite(found.resolution_angstrom) else BAD,
         f"z of one half tells {100 * r2:.0f}% of the other's; both show the same motion to "
         f"{found.resolution_angstrom:.1f} A.",

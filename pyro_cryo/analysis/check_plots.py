@@ -168,7 +168,12 @@ def free_energy_profile(
     lowest = float(profile.low_kt.min())
     highest = max(float(np.min(profile.high_kt)) + 1, min(float(profile.high_kt.max()), lowest + 12))
     pad = 0.05 * (highest - lowest)
-    axes.set(xlabel=label, ylabel="free energy (kT)", title="Free energy", ylim=(lowest - pad, highest + pad))
+    axes.set(
+        xlabel=label,
+        ylabel="free energy (kT), 0 where all shapes are alike",
+        title="Free energy",
+        ylim=(lowest - pad, highest + pad),
+    )
     axes.legend(frameon=False)
     return figure
 

@@ -27,6 +27,7 @@ from pyro_cryo.analysis.latent import as_table
 from pyro_cryo.analysis.likelihoods import log_likelihoods
 from pyro_cryo.analysis.longest_way import longest_way
 from pyro_cryo.analysis.population import binned, most_probable, relative, smooth_draws
+from pyro_cryo.guides.points import ClassesCoefficients
 from pyro_cryo.inference.run import Run
 from pyro_cryo.progress import Progress, quiet
 
@@ -98,8 +99,14 @@ def of_run(run: Run, bins: int = 30, seed: int = 0, progress: Progress = quiet) 
     """The free energy of a run along the longest way through its particles, from all of their images.
 
     Shapes may be anywhere about the way (`analysis.longest_way`); those in one bin share it as makes the images most
-    probable.
+    probable. A network looks at each image at all of some 500 shapes, which takes hours of large data.
+
+    Raises ValueError of classes, between which there is no way.
     """
+    if isinstance(getattr(run.model, "coefficients", None), ClassesCoefficients):
+        raise ValueError(
+            "between classes there are no shapes; their probabilities are in log_weight of the coefficients"
+        )
     way = longest_way(run.latent.z, seed)
     told = log_likelihoods(run, run.particles, way.points, progress=progress)
     share = most_probable(told, tolerance=0.1)

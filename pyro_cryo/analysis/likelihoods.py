@@ -85,5 +85,5 @@ def _evaluated(run: Run, batch: Batch, z: Tensor) -> Tensor:
                 "it out; give a model whose guide is exact, such as manifold or linear_subspace"
             )
         trace.compute_log_prob(lambda name, _: name == "image")
-        columns.append(trace.nodes["image"]["unscaled_log_prob"])
+        columns.append(batch.window_power * trace.nodes["image"]["unscaled_log_prob"])
     return torch.stack(columns, 1)

@@ -39,7 +39,8 @@ class LongestWay:
 def longest_way(z: ArrayLike | Tensor, seed: int = 0) -> LongestWay:
     """Through posterior means z (n, zdim), or `CLOUD` of them at random. ValueError where all are the same.
 
-    Steps lead to the `NEIGHBOURS` nearest, and along the minimum spanning tree, so that every particle is reached.
+    Steps lead between particles each of which is among the `NEIGHBOURS` nearest of the other, so that a stray one
+    bridges nothing, and along the minimum spanning tree, so that every particle is reached.
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import dijkstra, minimum_spanning_tree
@@ -52,7 +53,7 @@ def longest_way(z: ArrayLike | Tensor, seed: int = 0) -> LongestWay:
     distance = np.linalg.norm(cloud[:, None] - cloud, axis=-1)
     tree = minimum_spanning_tree(distance).toarray()
     near = distance <= np.partition(distance, min(NEIGHBOURS, len(cloud) - 1), 1)[:, [min(NEIGHBOURS, len(cloud) - 1)]]
-    steps = np.where(near | near.T | (tree > 0) | (tree.T > 0), distance, 0.0)
+    steps = np.where((near & near.T) | (tree > 0) | (tree.T > 0), distance, 0.0)
     ways = csr_array(steps)
     far = dijkstra(ways, indices=[0])[0]
     s = dijkstra(ways, indices=[int(far.argmax())])[0]

@@ -7,10 +7,10 @@ import io
 from html import escape
 from pathlib import Path
 
-from pyro_cryo.analysis.check import BAD, LOOK, SOUND, Answer, overall
+from pyro_cryo.analysis.check import BAD, LOOK, SOUND, UNASKED, Answer, overall
 from pyro_cryo.inference.state import write_atomically
 
-COLOUR = {SOUND: "#009E73", LOOK: "#E69F00", BAD: "#D55E00"}
+COLOUR = {SOUND: "#009E73", LOOK: "#E69F00", BAD: "#D55E00", UNASKED: "#777777"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .3rem; }

@@ -65,12 +65,13 @@ def analyze(
     for name, value, least in (("clusters", clusters, 1), ("steps", steps, 1), ("components", components, 0)):
         if not least <= value <= MOST:
             raise ValueError(f"{value} {name}; give {least} to {MOST}, each is a map and a picture")
+    profile = _free_energy(run, out, progress) if free_energy else None
     if run.model.zdim == 0 or _still(run):
         pictures = _analyze_map(run, out)
     else:
         pictures = _analyze_latent(run, out, clusters, steps, components, progress)
-        if free_energy:
-            pictures.append(_free_energy(run, out, progress))
+    if profile is not None:
+        pictures.append(profile)
     if run.poses is not None:
         poses = plots.pose_distribution(run.poses.best[0], run.poses.spread)
         pictures.append(_save(poses, out / "poses.png"))
@@ -121,7 +122,9 @@ def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: 
 
 def _free_energy(run: Run, out: Path, progress: Progress) -> Path:
     """A picture and a table of the profile along the longest way through the particles."""
+    run.refuse_without_z()
     found = of_run(run, progress=progress)
+    out.mkdir(parents=True, exist_ok=True)
     profile = found.free_energy
     columns = np.column_stack([profile.s, profile.median_kt, profile.low_kt, profile.high_kt])
     header = f"distance along z\tmedian_kt\tlow_kt\thigh_kt ({100 * profile.level:.0f}%)"

@@ -25,12 +25,12 @@ def add_to(commands: Any) -> None:
 
 def run(asked: argparse.Namespace) -> None:
     """Print every answer in a line, and write the page."""
-    from pyro_cryo.analysis.check import check, overall
+    from pyro_cryo.analysis.check import FEWEST, check, overall
     from pyro_cryo.analysis.page import write_page
     from pyro_cryo.inference.run import Run
 
-    if asked.particles < 2:
-        raise ValueError(f"--particles is {asked.particles}; expected 2 or more")
+    if asked.particles < FEWEST:
+        raise ValueError(f"--particles is {asked.particles}; expected {FEWEST} or more")
     out = asked.out or asked.run / "check.html"
     if out.suffix != ".html":
         raise ValueError(f"{out} is not .html; name the page by its format")
@@ -38,6 +38,6 @@ def run(asked: argparse.Namespace) -> None:
     found = Run.load(asked.run, device=device_of(asked))
     answers = check(found, asked.particles, asked.seed, asked.halves, progress_of(asked))
     for answer in answers:
-        print(f"{answer.question} {answer.verdict.upper()}. {answer.said}")
+        print(f"{answer.question} {answer.verdict.capitalize()}. {answer.said}")
     write_page(out, f"Is {asked.run.resolve().name} to be trusted?", answers)
     print(f"all in all: {overall(answers)}; the page is {out}")

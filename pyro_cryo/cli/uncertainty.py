@@ -34,11 +34,15 @@ def run(asked: argparse.Namespace) -> None:
 
     if asked.against is not None and asked.index is None:
         raise ValueError(f"--against {asked.against} has nothing to be held against; give --index too")
+    if (asked.out / "run.json").exists():
+        raise ValueError(f"{asked.out} is a run, whose maps would be replaced; give another folder")
     refuse_to_overwrite(asked.out / "mean.mrc", asked.overwrite)
     found = Run.load(asked.run, device=device_of(asked))
+    if found.model.zdim and asked.index is None:
+        raise ValueError(f"{type(found.model).__name__} has a map for every particle; give --index")
     progress = progress_of(asked)
     paths = write_uncertainty(
-        found, asked.out, asked.index, asked.against, asked.draws, asked.keep, asked.seed, progress
+        found, asked.out, asked.index, asked.against, asked.draws, min(asked.keep, asked.draws), asked.seed, progress
     )
     if not maps_have_posterior(found):
         print(f"{type(found.model).__name__} maps have no posterior of their own: this spread is of z alone")

@@ -17,7 +17,8 @@ from pyro_cryo.model import CryoModel
 from pyro_cryo.pose import KnownPose
 from pyro_cryo.rows import Rows
 
-LOOKS = 16  # at draws of the encoder's, beside its mean: the climb begins at the best
+LOOKS = 16  # at draws of the encoder's, beside its mean
+MUCH = 3.0  # nats by which one of them must be likelier for the climb to begin there
 ROUNDS = 12  # of Newton's method at most
 ENOUGH = 1e-2  # nats: a particle whose bound rose by less in a step has arrived
 SHORT = 0.25  # of a step that was refused, tried before it is said to have arrived
@@ -29,7 +30,8 @@ class SemiAmortised(nn.Module):
     """q(z | images) is the Gaussian, with its covariance in full, of largest evidence bound for each particle.
 
     An encoder is one function for all images; what it loses of each (Kim et al., ICML 2018) Newton's method gets back.
-    From the likeliest of its mean and some of its draws a Gaussian is moved to where, over it,
+    From its mean, or where it has learned little from a draw that is much likelier, a Gaussian is moved to where,
+    over it,
 
         E[d log p(images, z)] = 0    and    E[-d^2 log p(images, z)] is its precision
 
@@ -155,12 +157,15 @@ def _anywhere(model: CryoModel) -> bool:
 def _begun(
     model: CryoModel, batch: Batch, others: dict[str, Tensor], mean: Tensor, covariance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest of the mean and of LOOKS draws (n, zdim), and a root of half the sd; the same ones every time."""
+    """The mean (n, zdim) and a root, or the likeliest of LOOKS draws and half the root; the same draws every time."""
     root = torch.linalg.cholesky(covariance)
     white = torch.randn(LOOKS, 1, mean.shape[1], 1, generator=torch.Generator().manual_seed(0)).to(root)
     tried = torch.cat([mean[None], mean + (root @ white)[..., 0]])
     height = torch.stack([_height(model, batch, others, z) for z in tried])
-    return tried[height.argmax(0), torch.arange(len(mean), device=mean.device)], 0.5 * root
+    height[0] += MUCH
+    chosen = height.argmax(0)
+    narrower = torch.where(chosen > 0, 0.5, 1.0)[:, None, None]
+    return tried[chosen, torch.arange(len(mean), device=mean.device)], narrower * root
 
 
 def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,10 +63,10 @@ def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
         sites = {name: together([trace.nodes[name]["value"] for trace in traces]) for name in names}
         log_weight = batch.image.new_zeros(weighed, batch.particles)
         if weighed:
-            guessed = together([log_density(trace, batch) for trace in traces])
-            log_weight -= guessed.expand(draws, -1)[:weighed]  # alike where there is nothing to guess
-            whole = traces[0] if run.poses is not None else trace_of(run.guide, batch)
-            shared = {name: node["fn"].mean for name, node in _latent(whole) if not of_particles(node)}
+            told = traces if run.poses is None else traces[:weighed]
+            guessed = together([log_density(trace, batch) for trace in told])
+            log_weight -= guessed.expand(max(draws if run.poses is None else weighed, 1), -1)[:weighed]
+            shared = _shared(run, batch)
         for s in range(weighed):
             given = shared | {name: value[s] for name, value in sites.items()}
             log_weight[s] += log_density(trace_of(poutine.condition(run.model, given), batch), batch)
@@ -87,7 +87,7 @@ def picked(found: Draws, batch: Batch, draws: int, generator: torch.Generator) -
 def predicted(run: Run, batch: Batch, sites: dict[str, Tensor]) -> Tensor:
     """Images that the model makes of latent sites (n, *event) and (B, *event), noise and all: (B, P, 2)."""
     with torch.no_grad(), pyro.validation_enabled(False):
-        story = poutine.condition(poutine.uncondition(run.model), sites)
+        story = poutine.condition(poutine.uncondition(run.model), _shared(run, batch) | sites)
         return torch.as_tensor(trace_of(story, batch).nodes["image"]["value"])
 
 
@@ -114,6 +114,12 @@ def of_particles(node: Any) -> bool:
 def _latent(trace: Any) -> list[tuple[str, Any]]:
     """The sites that a guide draws."""
     return [(name, trace.nodes[name]) for name in trace.stochastic_nodes if name != "particles"]
+
+
+def _shared(run: Run, batch: Batch) -> dict[str, Tensor]:
+    """Posterior means of what a model has beside its particles."""
+    found = _latent(trace_of(run.guide, batch))
+    return {name: node["fn"].mean for name, node in found if not of_particles(node)}
 
 
 def _traces(run: Run, batch: Batch, draws: int) -> list[Any]:

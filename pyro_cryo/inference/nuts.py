@@ -39,8 +39,9 @@ def nuts(
         for batch in progress(batches, particles.n_batches(1), "nuts"):
             parts.append(_sampled(run, batch, draws, warmup))
         sigma = noise_draws(run, draws)
+    shown = particles.particle.sort().values
     sites = {name: torch.cat([part[name] for part in parts], 1).cpu() for name in parts[0]}
-    return as_arviz({"posterior": sites}, sigma, range(particles.n_particles), described(run, particles))
+    return as_arviz({"posterior": sites}, sigma, range(particles.n_particles), described(run, particles), shown)
 
 
 def _sampled(run: Run, batch: Batch, draws: int, warmup: int) -> dict[str, Tensor]:

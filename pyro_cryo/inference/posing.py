@@ -22,6 +22,7 @@ from pyro_cryo.model import CryoModel
 from pyro_cryo.pose import PoseAbout
 from pyro_cryo.progress import Progress, quiet
 
+MAPS = 3  # of what moves, that poses from nothing are searched in
 MOVING = 10.0  # cycles a box, in which poses from nothing are first compared with maps that move
 
 
@@ -36,8 +37,9 @@ def find_poses(
     """Posteriors of the poses under `model.poses`: in one map for all images, or where the model has z in a family.
 
     Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
-    rotation and the hand of the map, in as many maps at once as a model of classes has. The family is linear, whatever
-    the model's own: it only has to follow what moves. Where a model's `pose_steps` are not 0 poses then climb in its
+    rotation and the hand of the map: in as many maps at once as a model of classes has, in `MAPS` where single images
+    show what else may move, for a consensus of all would explain a part of them. The family is linear, whatever the
+    model's own: it only has to follow what moves. Where a model's `pose_steps` are not 0 poses then climb in its
     own maps. The defocus is refined about the table's where that has a spread, in the map that images have in common.
 
     kept:    file of the state on the way, from which what was killed goes on
@@ -60,7 +62,8 @@ def find_poses(
         refine = refined_with_motion if model.zdim else refined
         return decoded(refine(particles, prior, symmetry, kept=kept, **how))
     classes = isinstance(getattr(model, "coefficients", None), ClassesCoefficients)
-    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=model.zdim if classes else 1, kept=kept, **how)
+    maps = model.zdim if classes else MAPS if model.zdim and not particles.several else 1
+    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, kept=kept, **how)
     if not model.zdim:
         return found
     rotation, translation = found.modes.best

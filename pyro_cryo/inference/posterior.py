@@ -14,7 +14,9 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.data.pixels import window_power
 from pyro_cryo.inference.draws import drawn, picked, predicted
+from pyro_cryo.inference.importance import LEAST
 from pyro_cryo.physics.rotations import log
 from pyro_cryo.progress import Progress, quiet
 
@@ -71,10 +73,15 @@ def posterior(
                     that were not fitted
     posterior_predictive, observed_data: image, with predictive images
 
-    The dimensions are chain, draw and particle; image where particles have several.
+    The dimensions are chain, draw and particle. Where particles have several images these are the dimension view,
+    particle by particle, and the coordinate of_particle says whose each is.
     """
-    if not 0 <= predictive <= draws or draws < 1 or weighed < 0:
-        raise ValueError(f"draws {draws}, weighed {weighed}, predictive {predictive}; expected 1, 0 and 0 to draws")
+    if draws < 1 or weighed < 0 or not 0 <= predictive <= draws:
+        raise ValueError(
+            f"{draws} draws, {weighed} weighed, {predictive} with images; expected 1 or more, of these 0 or more"
+        )
+    if corrected and draws < LEAST:
+        raise ValueError(f"{draws} draws have no tail that tells whether they can be corrected; give {LEAST} or more")
     weighed = draws if corrected else min(weighed, draws)
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -88,18 +95,19 @@ def posterior(
         group: {name: torch.cat([part[group][name] for part in parts], 1) for name in table}
         for group, table in parts[0].items()
     }
-    return as_arviz(tables, sigma, index or range(particles.n_particles), described(run, particles))
+    names = range(particles.n_particles) if index is None else index
+    return as_arviz(tables, sigma, names, described(run, particles), particles.particle.sort().values)
 
 
 def noise_draws(run: Run, draws: int) -> Tensor:
     """sigma (draws, noise groups, shells) from its posterior given all else, log sigma alike everywhere a priori.
 
     Of the m real components of a shell in the images of a group the mean square is known, and with it m sigma^2 over it
-    is chi-square with m degrees of freedom.
+    is chi-square with m degrees of freedom; of windowed images, which tell less, with fewer.
     """
     images = torch.bincount(run.particles.noise_group, minlength=len(run.model.log_sigma))
     count = 2 * images[:, None] * torch.bincount(run.particles.half.shell, minlength=run.model.log_sigma.shape[1])
-    half = 0.5 * count.clamp_min(1).double()
+    half = 0.5 * count.clamp_min(1).double() * window_power(run.particles.box, run.particles.window)
     drawn = torch.distributions.Gamma(half, half).sample((draws,))
     return run.model.sigma.detach().cpu() * torch.where(count > 0, drawn.rsqrt().float(), 1.0)
 
@@ -118,8 +126,11 @@ def described(run: Run, particles: Particles) -> dict[str, Any]:
     }
 
 
-def as_arviz(tables: Tables, sigma: Tensor, index: Sequence[int], attributes: dict[str, Any]) -> Any:
-    """InferenceData, or a DataTree, of tables (draws, particles or images, ...) of particles with these numbers."""
+def as_arviz(tables: Tables, sigma: Tensor, index: Sequence[int], attributes: dict[str, Any], shown: Tensor) -> Any:
+    """InferenceData, or a DataTree, of tables (draws, particles or views, ...) of particles with these numbers.
+
+    shown: (views,) the place of each view's particle
+    """
     import xarray as xr
 
     groups = {}
@@ -130,7 +141,9 @@ def as_arviz(tables: Tables, sigma: Tensor, index: Sequence[int], attributes: di
             variables["sigma"] = (["chain", "draw", "noise_group", "shell"], sigma.numpy()[None], {})
         data = xr.Dataset(variables, attrs=attributes)
         names = {**NAMES, "particle": list(index)}
-        named = {axis: names.get(str(axis), list(range(size))) for axis, size in data.sizes.items()}
+        named: dict[Any, Any] = {axis: names.get(str(axis), list(range(size))) for axis, size in data.sizes.items()}
+        if "view" in data.sizes:
+            named["of_particle"] = ("view", np.asarray(index)[shown.numpy()])
         groups[group] = data.assign_coords(named)
     if int(version("arviz").split(".")[0]) >= 1:
         return xr.DataTree.from_dict(groups)
@@ -142,7 +155,7 @@ def as_arviz(tables: Tables, sigma: Tensor, index: Sequence[int], attributes: di
 
 def _variable(name: str, value: Tensor, count: int, once: bool) -> tuple[list[str], np.ndarray, dict[str, str]]:
     own = AXES.get(name, [f"{name}_{axis}" for axis in range(value.ndim - 2)])[: value.ndim - 2]
-    dims = ["chain", "draw", "particle" if value.shape[1] == count else "image", *own]
+    dims = ["chain", "draw", "particle" if value.shape[1] == count else "view", *own]
     unit = {"units": UNITS[name]} if name in UNITS else {}
     if once:
         return dims[2:], value[0].numpy(), unit
@@ -158,7 +171,7 @@ def _of_batch(
     images = [predicted(run, batch, {name: value[s] for name, value in sites.items()}) for s in range(predictive)]
     if "rotation" in sites:
         assert run.poses is not None
-        best = run.poses.best[0].to(batch.image.device)[batch.index[batch.first]]
+        best = run.poses[batch.index[batch.first].to(run.poses.rotation.device)].best[0].to(batch.image.device)
         sites["turn"] = log(sites["rotation"] @ best.mT).rad2deg()
     tables: Tables = {"posterior": {name: value.cpu() for name, value in sites.items()}}
     if weighed:

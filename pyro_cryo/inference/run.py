@@ -217,6 +217,8 @@ class Run:
         if len(outside) or not len(numbers):
             named = f"particle {int(outside[0])}" if len(outside) else "no particle"
             raise ValueError(f"{named} is asked for; the run has particles 0 to {count - 1}")
+        if len(numbers.unique()) < len(numbers):
+            raise ValueError(f"particle {int(numbers.mode().values)} is asked for more than once; name it once")
         return self.particles[self.particles.images_of(numbers)]
 
     def posterior(

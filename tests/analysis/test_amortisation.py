@@ -91,5 +91,5 @@ def test_what_has_no_best_gaussian_is_refused(run: Run, particles: Particles) ->
         Run(circle, particles, guide=circle.make_guide()).semi_amortised()
     unsure = CryoDRGN(particles.box, zdim=2, width=8, layers=1)
     unsure.poses = PoseAbout(2.0, 0.5)
-    with pytest.raises(ValueError, match="poses are PoseAbout, .* fit particles whose poses are known"):
+    with pytest.raises(ValueError, match=r"poses are PoseAbout, .* fit particles whose poses are known"):
         Run(unsure, particles, guide=unsure.make_guide()).semi_amortised()

@@ -21,6 +21,17 @@ def test_it_runs_along_an_arc() -> None:
     assert 3 * 1.5 * np.pi < way.s.max() < 1.5 * 3 * 1.5 * np.pi
 
 
+def test_stray_particles_bridge_nothing() -> None:
+    rng = np.random.default_rng(2)
+    angle = rng.uniform(0, 1.5 * np.pi, 400)
+    z = arc(rng, angle)
+    stray = 4
+    z[:stray, :2] = np.linspace(0.3, 0.7, stray)[:, None] * z[angle.argmin(), :2]  # into the middle of the arc
+    z[:stray, :2] += np.linspace(0.7, 0.3, stray)[:, None] * z[angle.argmax(), :2]
+    way = longest_way(z)
+    assert abs(np.corrcoef(way.particle[stray:], angle[stray:])[0, 1]) > 0.98
+
+
 def test_gaps_are_bridged_so_that_every_part_of_the_way_has_points() -> None:
     rng = np.random.default_rng(1)
     angle = np.concatenate([rng.uniform(0, 0.5, 300), rng.uniform(2.5, 3.0, 300)])

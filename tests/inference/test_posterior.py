@@ -15,11 +15,12 @@ from torch import nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.inference.draws import drawn
+from pyro_cryo.inference.draws import drawn, predicted
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.importance import pareto_smoothed, resampled
 from pyro_cryo.inference.run import Run
 from pyro_cryo.models.contrast import Contrast
+from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.models.manifold import Manifold
 from pyro_cryo.pose import PoseAbout
@@ -179,8 +180,25 @@ def test_draws_of_poses_belong_to_the_particles_that_were_asked_for(particles: P
         run.posterior(other[:5])
 
 
+def test_images_are_predicted_from_the_fitted_map_and_not_from_its_prior(particles: Particles) -> None:
+    run = fit(Homogeneous(particles.box), particles)
+    batch = particles.batch(slice(0, 40))
+    with torch.no_grad():
+        made = torch.stack([predicted(run, batch, {}) for _ in range(20)]).mean(0)
+        expected = run.model.signal(lambda k, z: run.model.volume(k), None, batch.rotation, batch.translation, batch)
+    assert float(torch.corrcoef(torch.stack([made.flatten(), expected.flatten()]))[0, 1]) > 0.8
+    assert run.posterior(particles[:10], 30).sample_stats["log_evidence"].shape == (10,)
+
+
+def test_views_of_a_particle_are_told_from_particles(run: Run, particles: Particles) -> None:
+    pairs = replace(particles[:20], table=replace(particles[:20].table, particle=torch.arange(20) // 2))
+    made = run.posterior(pairs, 30, weighed=0, predictive=2).posterior_predictive
+    assert made["image"].dims == ("chain", "draw", "view", "coefficient", "part")
+    assert made["of_particle"].values.tolist() == (torch.arange(20) // 2).tolist()
+
+
 def test_what_cannot_be_drawn_is_refused(run: Run, particles: Particles) -> None:
-    with pytest.raises(ValueError, match="predictive 9"):
+    with pytest.raises(ValueError, match="9 with images"):
         run.posterior(particles[:5], draws=5, predictive=9)
     with pytest.raises(ValueError, match="expected 0 or more"):
         drawn(run, particles.batch(slice(0, 5)), 2, weighed=3)
