@@ -170,8 +170,8 @@ def free_energy_profile(
     pad = 0.05 * (highest - lowest)
     axes.set(
         xlabel=label,
-        ylabel="free energy (kT), 0 where all shapes are alike",
-        title="Free energy",
+        ylabel="free energy (kT)",
+        title="Free energy; 0: all shapes alike",
         ylim=(lowest - pad, highest + pad),
     )
     axes.legend(frameon=False)

@@ -149,14 +149,15 @@ def write_uncertainty(
     seed: int = 0,
     progress: Progress = quiet,
 ) -> list[Path]:
-    """mean, sd and the last `kept` draws of the map of a particle as .mrc, and a picture of the first two.
+    """mean, sd and the last draws of the map of a particle as .mrc, and a picture of the first two.
 
+    kept:    so many draws are written at most
     against: another particle: difference.mrc, the mean of the first map less the other's, and probability.mrc, that the
              first has more density at a voxel; in the picture too
     Without index, of a model that has no z.
     """
-    if not 0 <= kept <= draws:
-        raise ValueError(f"{kept} draws are to be written, of {draws}; give 0 to {draws}")
+    if kept < 0:
+        raise ValueError(f"{kept} draws are to be written; give 0 or more")
     particles = None if index is None else [i for i in (index, against) if i is not None]
     running, other, last = Running(), RunningDifference(), []
     for number, maps in enumerate(volume_draws(run, draws, index=particles, seed=seed, progress=progress)):

@@ -42,7 +42,7 @@ def run(asked: argparse.Namespace) -> None:
         raise ValueError(f"{type(found.model).__name__} has a map for every particle; give --index")
     progress = progress_of(asked)
     paths = write_uncertainty(
-        found, asked.out, asked.index, asked.against, asked.draws, min(asked.keep, asked.draws), asked.seed, progress
+        found, asked.out, asked.index, asked.against, asked.draws, asked.keep, asked.seed, progress
     )
     if not maps_have_posterior(found):
         print(f"{type(found.model).__name__} maps have no posterior of their own: this spread is of z alone")

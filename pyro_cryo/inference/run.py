@@ -154,12 +154,12 @@ class Run:
         """
         self._check(particles)
         if self.poses is None:
-            yield from particles.batches(batch_size, device=self.device)
-            return
+            return particles.batches(batch_size, device=self.device)
         rows = particles.rows_in(self.particles)
         about = self._focused if self._opened.has_poses else self.particles
-        for batch in about[rows].batches(batch_size, device=self.device):
-            yield replace(batch, index=rows.to(self.device)[batch.index])
+        row = rows.to(self.device)
+        batches = about[rows].batches(batch_size, device=self.device)
+        return (replace(batch, index=row[batch.index]) for batch in batches)
 
     def _check(self, particles: Particles) -> None:
         """Raise ValueError unless they are seen as the run's own are."""
