@@ -75,3 +75,5 @@ def test_spreads_that_are_none_are_refused() -> None:
         PoseAbout(0)
     with pytest.raises(ValueError, match="shift_sd_px is -1; expected a positive number of pixels"):
         AnyPose(-1)
+    with pytest.raises(ValueError, match="maps is 0; expected 1 or more"):
+        AnyPose(maps=0)

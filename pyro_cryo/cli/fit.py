@@ -18,7 +18,7 @@ from pyro_cryo.cli.options import (
 from pyro_cryo.cli.parser import add_command
 from pyro_cryo.recipes import recipes
 
-SPREADS = ("turn_sd_deg", "shift_sd_px", "defocus_sd_angstrom")
+PRIORS = {"refine": ("turn_sd_deg", "shift_sd_px", "defocus_sd_angstrom"), "search": ("shift_sd_px", "maps")}
 DESCENT = ("batch_size", "learning_rate", "beta", "warmup", "precision", "compile")
 
 
@@ -63,6 +63,13 @@ def add_to(commands: Any) -> None:
         type=float,
         default=none,
         help="sd of shifts along each axis, pixels (default: to refine 2, to search 4%% of the box)",
+    )
+    add(
+        "--search-maps",
+        dest="maps",
+        type=int,
+        default=none,
+        help="to search: maps at once (default: 1; 3 if much moves)",
     )
     add(
         "--defocus-sd-angstrom",
@@ -166,14 +173,14 @@ def set_poses(model: Any, asked: argparse.Namespace) -> None:
     """Give the model the prior of poses that was asked for."""
     from pyro_cryo.pose import AnyPose, KnownPose, PoseAbout
 
-    spread = {name: getattr(asked, name) for name in SPREADS if name in asked}
+    spread = {name: getattr(asked, name) for names in PRIORS.values() for name in names if name in asked}
     choice = getattr(asked, "poses_are", None)
-    useless = [name for name in spread if choice != "refine" and (choice, name) != ("search", "shift_sd_px")]
+    useless = [name for name in spread if name not in PRIORS.get(str(choice), ())]
     if useless:
-        name, option = useless[0], useless[0].replace("_", "-")
+        name, option = useless[0], "search-maps" if useless[0] == "maps" else useless[0].replace("_", "-")
         raise ValueError(
             f"{name} is {spread[name]:g}, but poses are {choice or 'known'}; leave --{option} out, "
-            "or give --poses refine"
+            f"or give --poses {'search' if name == 'maps' else 'refine'}"
         )
     match choice:
         case "known":

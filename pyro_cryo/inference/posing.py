@@ -19,10 +19,9 @@ from pyro_cryo.inference.moving import refined_with_motion
 from pyro_cryo.inference.refine import refined
 from pyro_cryo.inference.stages import Posed
 from pyro_cryo.model import CryoModel
-from pyro_cryo.pose import PoseAbout
+from pyro_cryo.pose import AnyPose, PoseAbout
 from pyro_cryo.progress import Progress, quiet
 
-MAPS = 3  # of what moves, that poses from nothing are searched in
 MOVING = 10.0  # cycles a box, in which poses from nothing are first compared with maps that move
 
 
@@ -37,10 +36,10 @@ def find_poses(
     """Posteriors of the poses under `model.poses`: in one map for all images, or where the model has z in a family.
 
     Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
-    rotation and the hand of the map: in as many maps at once as a model of classes has, in `MAPS` where single images
-    show what else may move, for a consensus of all would explain a part of them. The family is linear, whatever the
-    model's own: it only has to follow what moves. Where a model's `pose_steps` are not 0 poses then climb in its
-    own maps. The defocus is refined about the table's where that has a spread, in the map that images have in common.
+    rotation and the hand of the map: in as many maps at once as a model of classes has, else in as many as the prior
+    says. The family is linear, whatever the model's own: it only has to follow what moves. Where a model's `pose_steps`
+    are not 0 poses then climb in its own maps. The defocus is refined about the table's where that has a spread, in the
+    map that images have in common.
 
     kept:    file of the state on the way, from which what was killed goes on
     descend: fits a model like this one to particles whose poses are known
@@ -62,7 +61,12 @@ def find_poses(
         refine = refined_with_motion if model.zdim else refined
         return decoded(refine(particles, prior, symmetry, kept=kept, **how))
     classes = isinstance(getattr(model, "coefficients", None), ClassesCoefficients)
-    maps = model.zdim if classes else MAPS if model.zdim and not particles.several else 1
+    assert isinstance(model.poses, AnyPose)
+    if model.poses.maps > 1 and not model.zdim:
+        raise ValueError(
+            f"{type(model).__name__} has one map, poses are to be searched in {model.poses.maps}; give maps=1"
+        )
+    maps = model.zdim if classes else model.poses.maps
     found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, kept=kept, **how)
     if not model.zdim:
         return found

@@ -20,6 +20,7 @@ from pyro_cryo.inference import posing
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
 from pyro_cryo.models.homogeneous import Homogeneous
+from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.rotations import angle_deg, exp
 from pyro_cryo.pose import AnyPose, PoseAbout
 
@@ -116,10 +117,10 @@ def test_other_poses_are_not_resumed(rough: Particles, run: Run) -> None:
 
 
 def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
+    asked: list[tuple[float, int]] = []
 
-    def ab_initio(particles: Particles, symmetry: torch.Tensor, *, shift_sd: float, **how: object) -> object:
-        asked.append(shift_sd)
+    def ab_initio(particles: Particles, symmetry: torch.Tensor, *, shift_sd: float, maps: int, **how: object) -> object:
+        asked.append((shift_sd, maps))
         modes = PoseModes.single(true.rotation, true.translation)
         return type("Posed", (), {"modes": modes, "defocus": None})
 
@@ -127,8 +128,17 @@ def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypa
     model = Homogeneous(BOX)
     model.poses = AnyPose(shift_sd_px=1.25)
     run = fit(model, true)
-    assert asked == [1.25]
+    assert asked == [(1.25, 1)]
     torch.testing.assert_close(run.particles.rotation, true.rotation)
+    model.poses = AnyPose(shift_sd_px=1.25, maps=3)
+    with pytest.raises(ValueError, match="Homogeneous has one map, poses are to be searched in 3"):
+        fit(model, true)
+    known = type("Posed", (), {"modes": PoseModes.single(true.rotation, true.translation), "defocus": None})
+    monkeypatch.setattr(posing, "refined_with_motion", lambda *_, **__: known)
+    moving = LinearSubspace(BOX, zdim=1)
+    moving.poses = AnyPose(shift_sd_px=1.25, maps=3)
+    fit(moving, true)
+    assert asked[1:] == [(1.25, 3)]
 
 
 def test_defocus_is_refined_where_the_prior_has_a_spread_of_it(tmp_path: Path) -> None:
