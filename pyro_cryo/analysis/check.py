@@ -18,7 +18,7 @@ from pyro_cryo.analysis.half_sets import half_sets
 from pyro_cryo.analysis.predictive import image_fit, residual_power
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.draws import drawn
-from pyro_cryo.inference.importance import GOOD, pareto_smoothed
+from pyro_cryo.inference.importance import GOOD
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import read_record
 from pyro_cryo.progress import Progress, quiet
@@ -151,7 +151,7 @@ def _weights(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch in run.batches(particles, 64):
-            parts.append(pareto_smoothed(drawn(run, batch, WEIGHED, WEIGHED).log_weight)[1])
+            parts.append(drawn(run, batch, WEIGHED, WEIGHED).smoothed[1])
     k = torch.cat(parts).numpy()
     exact, bad = float(np.isneginf(k).mean()), float((k >= GOOD).mean())
     said = f"k is {GOOD} or more for {100 * bad:.0f}% of {len(k)} particles."

@@ -32,10 +32,12 @@ class Draws:
 
     sites:      by name (S, n, *event), or (S, B, *event) of what each image has on its own
     log_weight: (W, n) log w of the first W draws, nats
+    shared:     posterior means of what a model has beside its particles, by name
     """
 
     sites: dict[str, Tensor]
     log_weight: Tensor
+    shared: dict[str, Tensor]
 
     @cached_property
     def smoothed(self) -> tuple[Tensor, Tensor]:
@@ -61,16 +63,15 @@ def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
         latent = _latent(traces[0])
         names = [name for name, node in latent if of_particles(node) and not node["infer"].get("is_auxiliary")]
         sites = {name: together([trace.nodes[name]["value"] for trace in traces]) for name in names}
+        shared = {name: node["fn"].mean for name, node in latent if not of_particles(node)}
         log_weight = batch.image.new_zeros(weighed, batch.particles)
         if weighed:
-            told = traces if run.poses is None else traces[:weighed]
-            guessed = together([log_density(trace, batch) for trace in told])
-            log_weight -= guessed.expand(max(draws if run.poses is None else weighed, 1), -1)[:weighed]
-            shared = _shared(run, batch)
+            guessed = together([log_density(trace, batch) for trace in traces[:weighed]])
+            log_weight -= guessed if guessed.ndim == 1 else guessed[:weighed]  # one for all where nothing is guessed
         for s in range(weighed):
             given = shared | {name: value[s] for name, value in sites.items()}
             log_weight[s] += log_density(trace_of(poutine.condition(run.model, given), batch), batch)
-    return Draws(sites, log_weight)
+    return Draws(sites, log_weight, shared)
 
 
 def picked(found: Draws, batch: Batch, draws: int, generator: torch.Generator) -> Draws:
@@ -81,13 +82,16 @@ def picked(found: Draws, batch: Batch, draws: int, generator: torch.Generator) -
     chosen = resampled(found.smoothed[0], draws, generator)
     chosen = torch.where(found.trusted, chosen, torch.arange(draws)[:, None]).to(found.log_weight.device)
     sites = {name: _at(value, chosen, batch) for name, value in found.sites.items()}
-    return Draws(sites, found.log_weight.gather(0, chosen))
+    return Draws(sites, found.log_weight.gather(0, chosen), found.shared)
 
 
 def predicted(run: Run, batch: Batch, sites: dict[str, Tensor]) -> Tensor:
-    """Images that the model makes of latent sites (n, *event) and (B, *event), noise and all: (B, P, 2)."""
+    """Images that the model makes of latent sites (n, *event) and (B, *event), noise and all: (B, P, 2).
+
+    What it has beside its particles is drawn from its prior, unless `Draws.shared` is among the sites.
+    """
     with torch.no_grad(), pyro.validation_enabled(False):
-        story = poutine.condition(poutine.uncondition(run.model), _shared(run, batch) | sites)
+        story = poutine.condition(poutine.uncondition(run.model), sites)
         return torch.as_tensor(trace_of(story, batch).nodes["image"]["value"])
 
 
@@ -114,12 +118,6 @@ def of_particles(node: Any) -> bool:
 def _latent(trace: Any) -> list[tuple[str, Any]]:
     """The sites that a guide draws."""
     return [(name, trace.nodes[name]) for name in trace.stochastic_nodes if name != "particles"]
-
-
-def _shared(run: Run, batch: Batch) -> dict[str, Tensor]:
-    """Posterior means of what a model has beside its particles."""
-    found = _latent(trace_of(run.guide, batch))
-    return {name: node["fn"].mean for name, node in found if not of_particles(node)}
 
 
 def _traces(run: Run, batch: Batch, draws: int) -> list[Any]:

@@ -168,7 +168,8 @@ def _of_batch(
     found = drawn(run, batch, draws, weighed)
     kept = picked(found, batch, draws, generator) if corrected else found
     sites, log_weight = dict(kept.sites), kept.log_weight.cpu()
-    images = [predicted(run, batch, {name: value[s] for name, value in sites.items()}) for s in range(predictive)]
+    each = [found.shared | {name: value[s] for name, value in sites.items()} for s in range(predictive)]
+    images = [predicted(run, batch, given) for given in each]
     if "rotation" in sites:
         assert run.poses is not None
         best = run.poses[batch.index[batch.first].to(run.poses.rotation.device)].best[0].to(batch.image.device)

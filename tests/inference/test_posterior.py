@@ -184,7 +184,8 @@ def test_images_are_predicted_from_the_fitted_map_and_not_from_its_prior(particl
     run = fit(Homogeneous(particles.box), particles)
     batch = particles.batch(slice(0, 40))
     with torch.no_grad():
-        made = torch.stack([predicted(run, batch, {}) for _ in range(20)]).mean(0)
+        shared = drawn(run, batch, 1).shared
+        made = torch.stack([predicted(run, batch, shared) for _ in range(20)]).mean(0)
         expected = run.model.signal(lambda k, z: run.model.volume(k), None, batch.rotation, batch.translation, batch)
     assert float(torch.corrcoef(torch.stack([made.flatten(), expected.flatten()]))[0, 1]) > 0.8
     assert run.posterior(particles[:10], 30).sample_stats["log_evidence"].shape == (10,)
