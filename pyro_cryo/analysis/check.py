@@ -15,7 +15,7 @@ from pyro_cryo.analysis.association import FEWEST as FEWEST_POSES
 from pyro_cryo.analysis.association import pose_association
 from pyro_cryo.analysis.calibration import sbc
 from pyro_cryo.analysis.half_sets import half_sets
-from pyro_cryo.analysis.predictive import image_fit, residual_power
+from pyro_cryo.analysis.predictive import ImageFit, ResidualPower, residuals
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.draws import drawn
 from pyro_cryo.inference.importance import GOOD
@@ -64,7 +64,7 @@ def check(
     """
     some, many = (spread(run.particles, count) for count in (particles, 10 * particles))
     has_z = run.model.zdim > 0
-    questions = [lambda: _converged(run), lambda: _noise(run, many, seed), lambda: _images(run, many, seed)]
+    questions = [lambda: _converged(run), lambda: _left(run, many, seed)]
     if has_z or run.poses is not None:
         questions.append(lambda: _weights(run, some, seed))
     if has_z:
@@ -111,31 +111,36 @@ def _converged(run: Run) -> Iterator[Answer]:
     )
 
 
-def _noise(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
-    found = residual_power(run, particles, seed)
+def _left(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
+    """What the model leaves of the images: the noise, and images that it does not explain."""
+    power, fit = residuals(run, particles, seed)
+    yield _noise(run, power, len(particles))
+    junk = fit.junk()
+    if run.poses is None:  # numbers among those that were looked at, as yet
+        junk = particles.rows_in(run.particles).numpy()[junk]
+    yield _images(fit, junk)
+
+
+def _noise(run: Run, found: ResidualPower, count: int) -> Answer:
     low, high = found.band()
     off = (found.power - 1).abs()
     beyond = (found.power < low) | (found.power > high)
     worst = float(off.nan_to_num(0).max())
     bad = bool((beyond & (off > TOLERATED)).any())
-    yield Answer(
+    return Answer(
         "Is what the model leaves of the images noise, as strong as it says?",
         LOOK if bad else SOUND,
-        f"Of {len(particles):,} images the residual's power is at most {100 * worst:.1f}% off the noise's in a shell.",
+        f"Of {count:,} images the residual's power is at most {100 * worst:.1f}% off the noise's in a shell.",
         "The power of the residual over that of the noise is 1 where the model is right. Above 1 in some shells, maps "
         "or poses lack something there; below, the noise is taken for too strong, and posteriors are too wide.",
         check_plots.residual_spectrum(found, run.apix),
     )
 
 
-def _images(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
-    found = image_fit(run, particles, seed)
-    junk = found.junk()
-    if run.poses is None:  # numbers among those that were looked at, as yet
-        junk = particles.rows_in(run.particles).numpy()[junk]
+def _images(found: ImageFit, junk: np.ndarray) -> Answer:
     share = len(junk) / len(found.index)
     named = f", the first of them {', '.join(map(str, junk[:10]))}" if len(junk) else ""
-    yield Answer(
+    return Answer(
         "Are there images that the model cannot explain?",
         LOOK if share > JUNK else SOUND,
         f"{len(junk):,} of {len(found.index):,} images fit worse than the model's own would{named}.",

@@ -102,12 +102,7 @@ def residual_power(run: Run, particles: Particles, seed: int = 0, batch_size: in
 
     Above 1 in shells where the map or the noise is too weak, below where the noise is too strong.
     """
-    total = torch.zeros_like(run.model.log_sigma.detach())
-    count = torch.zeros_like(total)
-    for batch, white, _ in _whitened(run, particles, seed, batch_size):
-        bare = replace(batch, noise_scale=None)  # it is a part of the sd already
-        add_shells(total, count, 0.5 * white.square().sum(-1), bare)
-    return ResidualPower((total / count).cpu(), count.cpu())
+    return residuals(run, particles, seed, batch_size)[0]
 
 
 def image_fit(run: Run, particles: Particles, seed: int = 0, batch_size: int = 64) -> ImageFit:
@@ -116,15 +111,25 @@ def image_fit(run: Run, particles: Particles, seed: int = 0, batch_size: int = 6
     Scores that are wider than the standard normal as a whole tell of the noise: it is stronger in some images than in
     others, or, under a window, correlated.
     """
+    return residuals(run, particles, seed, batch_size)[1]
+
+
+def residuals(run: Run, particles: Particles, seed: int = 0, batch_size: int = 64) -> tuple[ResidualPower, ImageFit]:
+    """Both of `residual_power` and `image_fit`, after one look at the images."""
+    total = torch.zeros_like(run.model.log_sigma.detach())
+    count = torch.zeros_like(total)
     index, chi_square, match, degrees = [], [], [], 0
     for batch, white, mean in _whitened(run, particles, seed, batch_size):
+        bare = replace(batch, noise_scale=None)  # it is a part of the sd already
+        add_shells(total, count, 0.5 * white.square().sum(-1), bare)
         index.append(batch.index.cpu())
         chi_square.append(white.square().sum((1, 2)).cpu())
         size = mean.square().sum((1, 2)).sqrt().clamp_min(1e-12)
         match.append(((white * mean).sum((1, 2)) / size).cpu())
         degrees = white[0].numel()
     rows, square, agreement = (torch.cat(parts).numpy() for parts in (index, chi_square, match))
-    return ImageFit(rows, square.astype(float), degrees, agreement.astype(float))
+    fit = ImageFit(rows, square.astype(float), degrees, agreement.astype(float))
+    return ResidualPower((total / count).cpu(), count.cpu()), fit
 
 
 def _whitened(run: Run, particles: Particles, seed: int, batch_size: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
