@@ -16,9 +16,9 @@ from pyro_cryo.models.cryodrgn import CryoDRGN
 
 
 class TwoState(CryoDRGN):
-    """z ~ sum_k w_k Normal(mu_k, I): an open and a closed state."""
+    """z ~ sum_k w_k Normal(mu_k, I): an open and a closed state, on one axis so that no other tells them apart."""
 
-    def __init__(self, box: int, zdim: int = 2, noise_groups: int = 1) -> None:
+    def __init__(self, box: int, zdim: int = 1, noise_groups: int = 1) -> None:
         super().__init__(box, zdim, width=64, noise_groups=noise_groups)
         self.log_weight = nn.Parameter(torch.zeros(2))
         self.centre = nn.Parameter(torch.tensor([[-2.0], [2.0]]) * torch.eye(1, zdim))
