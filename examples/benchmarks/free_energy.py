@@ -2,11 +2,12 @@
 
     python examples/benchmarks/free_energy.py [--replicates 20] [--particles 3000] [--noise 0.2 0.3] [--snr 0.3 0.1]
 
-Two populations of z along a line, each of two wells near -1 and 1: a mixture of Gaussians of standard deviation 0.4,
-whose barrier is sharper than its wells, and exp(-U), U a polynomial of fourth order. `noise` is the standard deviation
-of what one particle says of z, on average: it varies by 30% among particles. At each `snr` the particles are images of
-32 px with CTFs, at known poses, of V0 + z U with an arm that swings, their likelihoods those of `log_likelihoods` with
-these maps, and what they say of z is found and printed.
+Six populations of z along a line, each of two wells: a mixture of Gaussians of standard deviation 0.4, whose barrier is
+sharper than its wells; exp(-U), U a polynomial of fourth order, with a barrier of 3 kT and of 1; mixtures of narrow wells
+of unequal depth with a high barrier, of a wide well and a narrow one, and of two with the tails of a Student t of 3
+degrees of freedom. `noise` is the standard deviation of what one particle says of z, on average: it varies by 30% among
+particles. At each `snr` the particles are images of 32 px with CTFs, at known poses, of V0 + z U with an arm that
+swings, their likelihoods those of `log_likelihoods` with these maps, and what they say of z is found and printed.
 
 For each, over replicates of new particles: how many of all bins, of those of the wells (within 1 kT of the lowest), the
 barrier (within 0.5 kT of its top) and the ends (beyond the wells, above 3 kT) lie in the band; its mean width and the
@@ -78,15 +79,42 @@ def midpoints(count: int, span: float) -> Array:
     return span * ((2 * np.arange(count) + 1) / count - 1)
 
 
+def well(z: Array, mean: float, sd: float) -> Array:
+    return np.exp(-0.5 * ((z - mean) / sd) ** 2) / sd
+
+
 def mixture(z: Array) -> Array:
-    return 0.6 * np.exp(-0.5 * ((z + 1) / 0.4) ** 2) + 0.4 * np.exp(-0.5 * ((z - 1) / 0.4) ** 2)
+    return 0.6 * well(z, -1, 0.4) + 0.4 * well(z, 1, 0.4)
 
 
 def quartic(z: Array) -> Array:
     return np.exp(-3 * (z**2 - 1) ** 2 - 0.3 * z)
 
 
-POPULATIONS = (Population("mixture", 2.4, mixture), Population("quartic", 1.6, quartic))
+def asymmetric(z: Array) -> Array:
+    return 0.75 * well(z, -0.9, 0.3) + 0.25 * well(z, 1.1, 0.3)
+
+
+def shallow(z: Array) -> Array:
+    return np.exp(-((z**2 - 1) ** 2) - 0.2 * z)
+
+
+def unequal(z: Array) -> Array:
+    return 0.5 * well(z, -0.8, 0.6) + 0.5 * well(z, 1.2, 0.25)
+
+
+def tailed(z: Array) -> Array:
+    return 0.55 * (1 + ((z + 1) / 0.3) ** 2 / 3) ** -2 + 0.45 * (1 + ((z - 1) / 0.3) ** 2 / 3) ** -2
+
+
+POPULATIONS = (
+    Population("mixture", 2.4, mixture),
+    Population("quartic", 1.6, quartic),
+    Population("asymmetric", 2.2, asymmetric),
+    Population("shallow", 1.9, shallow),
+    Population("unequal", 2.5, unequal),
+    Population("tailed", 2.8, tailed),
+)
 
 
 def gaussian(population: Population, noise: float, count: int, seed: int) -> Array:

@@ -2,26 +2,34 @@
 
 Posterior means of z are drawn together by its prior, and draws of z are spread by each image's noise: histograms of
 either fill barriers and move wells. Weights that make the particles most probable (`most_probable`) are free of that,
-but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density is smooth: on K bins, h = 1 / K wide,
+but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density is smooth. On K bins, centred at s_k, it
+is a logistic Gaussian process (Leonard, J. R. Stat. Soc. B 40 (1978) 113):
 
-    w_k = exp f_k / sum_j exp f_j,      q-th differences of f ~ Normal(0, rate^2 h^(2 q - 1)),
+    w_k = exp f_k / sum_j exp f_j,      cov(f_k, f_l) = a^2 c(|s_k - s_l| / length),
 
-the q-th derivative of the log density white noise, as in a smoothing spline, whose bands cover on average over the
-curve (Wahba, J. R. Stat. Soc. B 45 (1983) 133). With q = 3 what is smoothest is a Gaussian (Silverman, Annals of
-Statistics 10 (1982) 795), and a barrier that is sharper than the wells is flattened, with bands too narrow there; q = 2
-follows it, with wider ones. q and the rate are learned with f: what is drawn are all three, given the particles.
+c a Matern correlation whose f has one derivative, two, or all (Rasmussen & Williams (2006) 4.2). A process of all learns
+a smooth curve as fast as one that knew how smooth it is, once its length is learned (van der Vaart & van Zanten, Annals
+of Statistics 37 (2009) 2655), and it flattens what is sharper in one place than elsewhere, as a barrier between narrow
+wells, with bands too narrow there; those of one derivative follow it, with wider ones. c, the length and the amplitude
+a are learned with f: what is drawn are all four, given the particles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ORDERS = {2: (1.0, 3.0), 3: (2.0, 5.0)}  # q, and powers of ten between which the rate lies
-RATES = 9
-WIDEST_KT = 5.0  # sd of what no difference sees, the polynomials below order q, at a bin
+CORRELATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda r: (-0.5 * r.square()).exp(),
+    lambda r: (1 + 5**0.5 * r + 5 / 3 * r.square()) * (-(5**0.5) * r).exp(),
+    lambda r: (1 + 3**0.5 * r) * (-(3**0.5) * r).exp(),
+)
+LENGTHS = (0.1, 0.2, 0.4, 0.8)  # of the whole axis
+AMPLITUDES_KT = (2.0, 6.0)
+ROUGHNESS_KT = 0.01  # sd of each bin for itself, which keeps covariances invertible
 PARTICLES = 1024  # whose likelihoods are handled together
 CHAINS, KEPT = 100, 6  # that are drawn side by side, and how many of the last draws of each are kept
 BURN, LEAPS, LEAP = 8, 6, 0.3
@@ -78,9 +86,9 @@ def binned(likelihood: Tensor, label: Tensor, bins: int, share: Tensor) -> Tenso
 def smooth_draws(likelihood: Tensor, seed: int = 0) -> Tensor:
     """Draws of log w (S, K), a smooth population's, from its posterior given likelihoods (n, K).
 
-    For each order and rate of a grid f climbs to its mode, where Laplace's approximation gives the evidence and a
+    For each smoothness, of a grid of them, f climbs to its mode, where Laplace's approximation gives the evidence and a
     Gaussian. Chains begin at draws of these and go on by Hamiltonian Monte Carlo, in that Gaussian's metric, and with
-    order and rate drawn anew given f.
+    the smoothness drawn anew given f.
     """
     generator = torch.Generator().manual_seed(seed)
     peaks = _Peaks.of(likelihood)
@@ -95,13 +103,18 @@ def smooth_draws(likelihood: Tensor, seed: int = 0) -> Tensor:
 
 
 def _smoothnesses(bins: int) -> Tensor:
-    """Inverse covariances of f (G, K, K) for all orders and rates of the grid, equally probable."""
-    made = []
-    for order, (low, high) in ORDERS.items():
-        difference = torch.eye(bins, dtype=torch.float64).diff(n=order, dim=0)
-        rate = torch.logspace(low, high, RATES, dtype=torch.float64)[:, None, None]
-        made.append(difference.T @ difference / (rate.square() * (1 / bins) ** (2 * order - 1)))
-    return torch.cat(made) + torch.eye(bins, dtype=torch.float64) / (bins * WIDEST_KT**2)
+    """Inverse covariances of f (G, K, K) for all correlations, lengths and amplitudes, equally probable."""
+    s = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+    apart = (s[:, None] - s).abs()
+    own = ROUGHNESS_KT**2 * torch.eye(bins, dtype=torch.float64)
+    return torch.stack(
+        [
+            torch.linalg.inv(amplitude**2 * correlation(apart / length) + own)
+            for correlation in CORRELATIONS
+            for length in LENGTHS
+            for amplitude in AMPLITUDES_KT
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ def _climbed(likelihood: Tensor, f: Tensor, precision: Tensor) -> tuple[Tensor, 
         if bool(there > height):
             gain = float(slope[0] @ step)
             f, height, slope, damping = f + step, there, its_slope, damping / 4
-            if gain < 1e-3:
+            if gain < 1e-2:
                 break
         elif float(step.abs().max()) < 1e-6:
             break
