@@ -3,10 +3,10 @@
     python examples/benchmarks/free_energy.py [--replicates 20] [--particles 3000] [--noise 0.2 0.3] [--snr 0.3 0.1]
 
 Six populations of z along a line, each of two wells: a mixture of Gaussians of standard deviation 0.4, whose barrier is
-sharper than its wells; exp(-U), U a polynomial of fourth order, with a barrier of 3 kT and of 1; mixtures of narrow wells
-of unequal depth with a high barrier, of a wide well and a narrow one, and of two with the tails of a Student t of 3
-degrees of freedom. `noise` is the standard deviation of what one particle says of z, on average: it varies by 30% among
-particles. At each `snr` the particles are images of 32 px with CTFs, at known poses, of V0 + z U with an arm that
+sharper than its wells; exp(-U), U a polynomial of fourth order, with a barrier of 3 kT and of 1; mixtures of narrow
+wells of unequal depth with a high barrier, of a wide well and a narrow one, and of two with the tails of a Student t of
+3 degrees of freedom. `noise` is the standard deviation of what one particle says of z, on average: it varies by 30%
+among particles. At each `snr` the particles are images of 32 px with CTFs, at known poses, of V0 + z U with an arm that
 swings, their likelihoods those of `log_likelihoods` with these maps, and what they say of z is found and printed.
 
 For each, over replicates of new particles: how many of all bins, of those of the wells (within 1 kT of the lowest), the

@@ -2,16 +2,15 @@
 
 Posterior means of z are drawn together by its prior, and draws of z are spread by each image's noise: histograms of
 either fill barriers and move wells. Weights that make the particles most probable (`most_probable`) are free of that,
-but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density is smooth. On K bins, centred at s_k, it
-is a logistic Gaussian process (Leonard, J. R. Stat. Soc. B 40 (1978) 113):
+but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density is smooth: on K bins, at s_k, it is a
+logistic Gaussian process (Leonard, J. R. Stat. Soc. B 40 (1978) 113),
 
-    w_k = exp f_k / sum_j exp f_j,      cov(f_k, f_l) = a^2 c(|s_k - s_l| / length),
+    w_k = exp f_k / sum_j exp f_j,      cov(f_k, f_l) = amplitude^2 c(|s_k - s_l| / length),
 
-c a Matern correlation whose f has one derivative, two, or all (Rasmussen & Williams (2006) 4.2). A process of all learns
-a smooth curve as fast as one that knew how smooth it is, once its length is learned (van der Vaart & van Zanten, Annals
-of Statistics 37 (2009) 2655), and it flattens what is sharper in one place than elsewhere, as a barrier between narrow
-wells, with bands too narrow there; those of one derivative follow it, with wider ones. c, the length and the amplitude
-a are learned with f: what is drawn are all four, given the particles.
+c a Matern correlation whose f has one derivative, two, or all (Rasmussen & Williams (2006) 4.2). With all, what is
+smooth is learned nearly as fast as if one knew how smooth (van der Vaart & van Zanten, Annals of Statistics 37 (2009)
+2655), but a barrier that is sharper than the wells is flattened, with bands too narrow there; with one derivative it is
+followed, with wider bands. c, the length and the amplitude are learned with f: draws are of all, given the particles.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ CORRELATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 LENGTHS = (0.1, 0.2, 0.4, 0.8)  # of the whole axis
 AMPLITUDES_KT = (2.0, 6.0)
-ROUGHNESS_KT = 0.01  # sd of each bin for itself, which keeps covariances invertible
+ROUGHNESS_KT = 0.01  # sd of each bin by itself, which keeps covariances invertible
 PARTICLES = 1024  # whose likelihoods are handled together
 CHAINS, KEPT = 100, 6  # that are drawn side by side, and how many of the last draws of each are kept
 BURN, LEAPS, LEAP = 8, 6, 0.3
