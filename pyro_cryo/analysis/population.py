@@ -5,12 +5,13 @@ either fill barriers and move wells. Weights that make the particles most probab
 but they are a few atoms (Lindsay, Annals of Statistics 11 (1983) 86). A density is smooth: on K bins, at s_k, it is a
 logistic Gaussian process (Leonard, J. R. Stat. Soc. B 40 (1978) 113),
 
-    w_k = exp f_k / sum_j exp f_j,      cov(f_k, f_l) = amplitude^2 c(|s_k - s_l| / length),
+    w_k = exp f_k / sum_j exp f_j,      f = quadratic + g,      cov(g_k, g_l) = amplitude^2 c(|s_k - s_l| / length),
 
-c a Matern correlation whose f has one derivative, two, or all (Rasmussen & Williams (2006) 4.2). With all, what is
+c a Matern correlation whose g has one derivative, two, or all (Rasmussen & Williams (2006) 4.2), the quadratic that of
+one harmonic well: without it the ends, of few particles, are drawn towards the mean. With all derivatives, what is
 smooth is learned nearly as fast as if one knew how smooth (van der Vaart & van Zanten, Annals of Statistics 37 (2009)
-2655), but a barrier that is sharper than the wells is flattened, with bands too narrow there; with one derivative it is
-followed, with wider bands. c, the length and the amplitude are learned with f: draws are of all, given the particles.
+2655), but a barrier that is sharper than the wells is flattened, with bands too narrow there; with one it is followed,
+with wider bands. c, length and amplitude are learned with f: draws are of all, given the particles.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ CORRELATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 LENGTHS = (0.1, 0.2, 0.4, 0.8)  # of the whole axis
 AMPLITUDES_KT = (2.0, 6.0)
+QUADRATIC_KT = 5.0  # sd at a bin of the quadratic's linear part, and of the rest of it
 ROUGHNESS_KT = 0.01  # sd of each bin by itself, which keeps covariances invertible
 PARTICLES = 1024  # whose likelihoods are handled together
 CHAINS, KEPT = 100, 6  # that are drawn side by side, and how many of the last draws of each are kept
@@ -101,14 +103,15 @@ def smooth_draws(likelihood: Tensor, seed: int = 0) -> Tensor:
     return torch.cat(kept[-KEPT:])
 
 
-def _smoothnesses(bins: int) -> Tensor:
+def smoothnesses(bins: int) -> Tensor:
     """Inverse covariances of f (G, K, K) for all correlations, lengths and amplitudes, equally probable."""
     s = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
     apart = (s[:, None] - s).abs()
-    own = ROUGHNESS_KT**2 * torch.eye(bins, dtype=torch.float64)
+    quadratic = torch.linalg.qr(torch.stack([torch.ones_like(s), s, s.square()], 1)).Q[:, 1:]
+    other = bins * QUADRATIC_KT**2 * quadratic @ quadratic.T + ROUGHNESS_KT**2 * torch.eye(bins, dtype=torch.float64)
     return torch.stack(
         [
-            torch.linalg.inv(amplitude**2 * correlation(apart / length) + own)
+            torch.linalg.inv(amplitude**2 * correlation(apart / length) + other)
             for correlation in CORRELATIONS
             for length in LENGTHS
             for amplitude in AMPLITUDES_KT
@@ -134,7 +137,7 @@ class _Peaks:
     @staticmethod
     def of(likelihood: Tensor) -> _Peaks:
         """From likelihoods (n, K)."""
-        precision = _smoothnesses(likelihood.shape[1])
+        precision = smoothnesses(likelihood.shape[1])
         f, modes, roots, heights = torch.zeros(likelihood.shape[1], dtype=torch.float64), [], [], []
         for one in precision:
             f, height, root = _climbed(likelihood, f, one)

@@ -13,15 +13,7 @@ from torch import Tensor
 from pyro_cryo.analysis.check_plots import free_energy_profile
 from pyro_cryo.analysis.free_energy import FreeEnergy, along_path, free_energy
 from pyro_cryo.analysis.likelihoods import log_likelihoods
-from pyro_cryo.analysis.population import (
-    AMPLITUDES_KT,
-    CORRELATIONS,
-    LENGTHS,
-    binned,
-    most_probable,
-    relative,
-    smooth_draws,
-)
+from pyro_cryo.analysis.population import binned, most_probable, relative, smooth_draws, smoothnesses
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.run import Run
@@ -198,13 +190,11 @@ def test_bands_hold_at_their_level_what_the_prior_draws() -> None:
     """Populations from the prior, particles from these: 90% of all bins, and neither above nor below most draws."""
     bins, noise, count = 12, 0.1, 200
     s = (torch.arange(bins).double() + 0.5) / bins
+    covariances = torch.linalg.inv(smoothnesses(bins)).numpy()
     rank = []
     for seed in range(36):
         rng = np.random.default_rng(seed)
-        length, amplitude = rng.choice(LENGTHS), rng.choice(AMPLITUDES_KT)
-        correlation = CORRELATIONS[seed % len(CORRELATIONS)]((s[:, None] - s).abs() / length)
-        covariance = amplitude**2 * correlation.numpy() + 1e-6 * np.eye(bins)
-        f = torch.from_numpy(np.linalg.cholesky(covariance) @ rng.normal(size=bins))
+        f = torch.from_numpy(np.linalg.cholesky(rng.choice(covariances)) @ rng.normal(size=bins))
         said = rng.choice(s.numpy(), count, p=f.softmax(0).numpy()) + noise * rng.normal(size=count)
         likelihood = torch.from_numpy(np.exp(-0.5 * ((said[:, None] - s.numpy()) / noise) ** 2))
         rank.append((smooth_draws(likelihood, seed) < f.log_softmax(0)).double().mean(0))
@@ -212,7 +202,7 @@ def test_bands_hold_at_their_level_what_the_prior_draws() -> None:
     held = ((ranks > 0.05) & (ranks < 0.95)).double().mean()
     print(f"90% bands hold {held:.3f}, mean rank {ranks.mean():.3f}")
     assert 0.82 < held < 0.97
-    assert abs(float(ranks.mean()) - 0.5) < 0.08
+    assert abs(float(ranks.mean()) - 0.5) < 0.12
 
 
 def test_a_cloud_of_points_takes_shapes_off_the_path_into_account() -> None:
