@@ -177,7 +177,7 @@ def test_two_wells_come_back_where_means_of_z_have_hardly_a_barrier() -> None:
 def test_bands_cover_the_truth_at_about_their_level() -> None:
     bins, points, truth = 16, grid(48), truth_kt(16)
     inside, width = [], []
-    for seed in range(8):
+    for seed in range(16):
         found = free_energy(two_wells(600, seed, points)[0], points, bins, seed=seed)
         inside.append((found.low_kt <= truth) & (truth <= found.high_kt))
         width.append(found.high_kt - found.low_kt)
