@@ -159,7 +159,7 @@ def _solve(
         scale = density_envelope(first, mask)
     else:
         mask = mask.to(everywhere)
-        scale = mask * density_envelope(mask * first, mask)
+        scale = torch.minimum(mask, density_envelope(mask * first, mask))  # their product would narrow a tight mask
     posterior = whole.posterior(scale, order=order, like=plain)
     mean = posterior.mean(3e-2)
     tau = mackay_tau(posterior, mean)

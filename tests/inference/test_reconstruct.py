@@ -23,7 +23,7 @@ from pyro_cryo.inference.reconstruct import (
     sample_rows,
     weighed,
 )
-from pyro_cryo.physics.fourier import half_radius
+from pyro_cryo.physics.fourier import half_radius, soft_disc
 from pyro_cryo.physics.rotations import point_group
 
 BOX = 32
@@ -146,6 +146,17 @@ def test_masks_may_be_given_or_left_out(star: Path, result: Reconstruction) -> N
     error = [float((r.volume - truth).norm()) for r in (plain, result, given)]
     assert error[1] < error[0]
     assert error[2] < error[0]
+
+
+def test_a_tight_mask_and_the_density_at_its_edge_are_not_multiplied(star: Path) -> None:
+    """A local rms taken within the mask falls at its soft edge already: the prior is the smaller of the two."""
+    mask = soft_disc(BOX, 0.05 * BOX, 0.25 * BOX, dims=3)
+    scale = reconstruct(Particles.open(star), mask=mask, draws=1).scale
+    assert bool((scale <= mask).all())
+    edge = (mask > 0.02) & (mask < 0.2)
+    share = float((scale / mask)[edge].median())
+    print(f"of the mask, at its edge: {share:.2f}")
+    assert share > 0.2
 
 
 def test_half_sets_of_noise_do_not_agree(tmp_path: Path) -> None:
