@@ -94,7 +94,7 @@ def test_regions_of_highest_density_cover_the_truth_at_their_rates(
     """The map is given. At 0.03 images of 32 pixels leave no few peaks: their poses are hardly determined."""
     case = pose_calibration.case(snr, count, box, tmp_path / "case")
     _, mixture = pose_calibration.modes_of(case, peaks=8)
-    level = pose_calibration.told(case, mixture).level
+    level, _ = pose_calibration.level_of_truth(case, pose_calibration.run_of(case, mixture))
     for rate in (0.5, 0.9):
         inside = float((level <= rate).float().mean())
         assert abs(inside - rate) < 2.6 * (rate * (1 - rate) / count) ** 0.5, f"{inside} in {rate}"
