@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.encoder import FrameEncoder
-from pyro_cryo.model import Density, counted, noise_of
+from pyro_cryo.model import Density, counted
 from pyro_cryo.models.cryodrgn import CryoDRGN
+from pyro_cryo.volumes.conjugate import noise_sd
 
 
 class Contrast(CryoDRGN):
@@ -46,7 +47,8 @@ class ContrastEncoder(FrameEncoder):
     def contrast(self, batch: Batch) -> dist.LogNormal:
         """q(contrast | image), (B,)."""
         consensus, _ = self._expected[0](batch)
-        white, image = (v / noise_of(batch, self.model.sigma.detach()) for v in (consensus, batch.image))
+        sd = noise_sd(batch, self.model.sigma.detach())[..., None]
+        white, image = consensus / sd, batch.image / sd
         model = self.model
         assert isinstance(model, Contrast)
         precision = white.square().sum((1, 2)) + torch.exp(-2 * model.log_s.detach())

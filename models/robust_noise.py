@@ -34,7 +34,7 @@ class RobustNoise(CryoDRGN):
         """What each image counts for at z (B, zdim): (B,)."""
         rotation, translation = self.pose(batch)
         mean = self.signal(self.density(), z, rotation, translation, batch)
-        return self.noise(mean, noise_of(batch, self.sigma)).weight(batch.image)
+        return self.noise(mean, noise_of(batch, self.sigma)).weight(batch.image, batch.window_power)
 
     def write_results(self, folder: Path, particles: Particles) -> None:
         """weights.npz, at the posterior means of z in latent.npz."""

@@ -1,12 +1,13 @@
-"""What an encoder loses by being one function for all images, and what any Gaussian does.
+"""What an encoder loses by being one function for all images, and what a Gaussian of each particle's own does.
 
 The evidence bound of a particle, E_q[log p(images, z) - log q(z)], falls short of log p(images) by KL(q || posterior).
 Of a run's guide it falls short by two parts,
 
-    log p(images) - bound(guide)  =  gap + left,    gap = bound(best Gaussian) - bound(guide):
+    log p(images) - bound(guide)  =  gap + left,    gap = bound(own Gaussian) - bound(guide):
 
-the first is what the guide loses at this particle to the best Gaussian there (`Run.semi_amortised`), the second what
-that one cannot be. Source: Cremer, Li and Duvenaud, ICML 2018.
+the first is what the guide loses at this particle to the Gaussian with the posterior's mean and covariance
+(`Run.semi_amortised`), whose bound is about the largest that one has, the second what no Gaussian can be.
+Source: Cremer, Li and Duvenaud, ICML 2018.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pyro_cryo.rows import Rows
 
 @dataclass(frozen=True)
 class Amortisation(Rows):
-    """Evidence bounds of n particles under a run's guide and under the best Gaussian for each, nats.
+    """Evidence bounds of n particles under a run's guide and under a Gaussian for each, nats.
 
     guide, best:     (n,) bounds: mean log weights of draws
     evidence:        (n,) log p(images): log mean weight, of the one with the higher bound
@@ -44,12 +45,12 @@ class Amortisation(Rows):
 
     @property
     def gap(self) -> Tensor:
-        """Nats (n,) that the guide loses to the best Gaussian; below 0 by the chance of draws only."""
+        """Nats (n,) that the guide loses to the particle's own Gaussian; below 0 mostly by the chance of draws."""
         return self.best - self.guide
 
     @property
     def left(self) -> Tensor:
-        """Nats (n,) that the best Gaussian leaves, KL(q || posterior): how far the posterior is from any."""
+        """Nats (n,) that this Gaussian leaves, KL(q || posterior): how far the posterior is from any."""
         return self.evidence - self.best
 
 

@@ -112,9 +112,13 @@ class StudentImage(TorchDistribution):
         constant = torch.lgamma(half) - torch.lgamma(0.5 * self.df) - 0.5 * size * (math.pi * self.df).log()
         return constant - self.scale.log().sum((-2, -1)) - half * torch.log1p(self._distance(value) / self.df)
 
-    def weight(self, value: Tensor) -> Tensor:
-        """Posterior mean of u, what an image counts for: about 1 where it fits, small where it does not. (*batch,)"""
-        return (self.df + math.prod(self.event_shape)) / (self.df + self._distance(value))
+    def weight(self, value: Tensor, independent: float = 1.0) -> Tensor:
+        """Posterior mean of u, what an image counts for: about 1 where it fits, small where it does not. (*batch,)
+
+        independent: share of its numbers that e has as many independent ones of: `Batch.window_power`
+        """
+        size = independent * math.prod(self.event_shape)
+        return (self.df + size) / (self.df + independent * self._distance(value))
 
     def _distance(self, value: Tensor) -> Tensor:
         return ((value - self.loc) / self.scale).square().sum((-2, -1))

@@ -7,20 +7,19 @@ q = sum_c w_c N_c,
     log p(image) = log sum_c w_c mean_s p(x_s, image) / q(x_s),
 
 each component's share of this sum is its mass, and its moments are those of its draws so weighted: a step of
-population Monte Carlo (Cappe et al., Statistics and Computing 18 (2008) 447, eq. 9-11). Draws come from components
-that are a quarter wider, so that the tails are seen, and at quasi-random points, the same for every image, whose own
-moments are exact: a posterior that is a mixture of Gaussians apart from each other stays as it is.
+population Monte Carlo (Cappe et al., Statistics and Computing 18 (2008) 447, eq. 9-11). Draws are the points of
+`guides.moments`, the same for every image: a posterior that is a mixture of Gaussians apart from each other stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
+from pyro_cryo.guides.moments import normal_rule, weighted_moments
 from pyro_cryo.guides.pose_mixture import LEAST, PoseGaussians, log_density
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
 from pyro_cryo.model import form_image
@@ -28,8 +27,6 @@ from pyro_cryo.physics.slices import read_grid, slice_coordinates
 from pyro_cryo.rows import Rows
 from pyro_cryo.volumes.conjugate import noise_sd
 
-WIDER = 1.25  # sd of what is drawn from beside the component's
-TRUSTED = 8.0  # draws for which the moments that a component had count
 HELD = 1 << 24  # coefficients of slices that are held at a time
 
 
@@ -75,7 +72,7 @@ def matched(
     """
     own = PoseGaussians.about(modes, torch.ones_like(px))
     log_weight = modes.log_weight.log_softmax(1).clamp_min(LEAST)
-    points, chance = normal_rule(draws, seed, px.device)
+    points, chance = normal_rule(draws, 5, seed, px.device)
     away = torch.einsum("nkij,sj->skni", own.factor, points)
     poses = moved(own.rotation.transpose(0, 1), own.translation.transpose(0, 1), away)  # (S, K, B, ...)
     log_ratio = _log_joint(batch, grid, sigma, *poses, prior, px)
@@ -85,13 +82,9 @@ def matched(
     evidence = log_mass.logsumexp(0)
     weight = (log_ratio - evidence).exp()
     effective = 1 / (chance[:, None, None] * log_weight.exp().T * weight.square()).sum((0, 1))
-    share = log_share.softmax(0)
-    count = 1 / share.square().sum(0)  # of draws that count in each component
-    trust = (count / (count + TRUSTED)).T[..., None]
-    mean = trust * torch.einsum("skn,skni->nki", share, away)
-    apart = away - mean.transpose(0, 1)
-    spread = torch.einsum("skn,skni,sknj->nkij", share, apart, apart)
-    covariance = trust[..., None] * spread + (1 - trust[..., None]) * (own.factor @ own.factor.mT)
+    mean, covariance = (value.transpose(0, 1) for value in weighted_moments(points, log_share.softmax(0)))
+    mean = (own.factor @ mean[..., None])[..., 0]
+    covariance = own.factor @ covariance @ own.factor.mT
     precision = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance.double())[0]).to(covariance.dtype)
     there = modes.log_weight.isfinite()
     new = moved(modes.rotation, modes.translation, mean)
@@ -102,21 +95,6 @@ def matched(
         log_mass.T.masked_fill(~there, -torch.inf).log_softmax(1),
     )
     return result, Matched(evidence, effective)
-
-
-@lru_cache(maxsize=64)
-def normal_rule(count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Points (count, 5) and weights (count,) of a standard normal: sum 1, mean 0, covariance 1, to rounding.
-
-    Scrambled Sobol points and their opposites, of a wider normal, weighted by the ratio of the two.
-    """
-    half = torch.quasirandom.SobolEngine(5, scramble=True, seed=seed).draw(count // 2, dtype=torch.float64)
-    narrow = torch.special.ndtri(half.clamp(1e-6, 1 - 1e-6))
-    points = WIDER * torch.cat([narrow, -narrow])
-    weight = (0.5 * (WIDER**-2 - 1) * points.square().sum(1)).softmax(0)
-    root = torch.linalg.cholesky(points.T @ (weight[:, None] * points))
-    points = torch.linalg.solve_triangular(root, points.T, upper=False).T
-    return points.float().to(device), weight.float().to(device)
 
 
 def _log_joint(

@@ -1,4 +1,4 @@
-"""Semi-amortised inference of z: an encoder begins, Newton's method ends, for each particle on its own."""
+"""Semi-amortised inference of z: an encoder begins, Newton's method and weighed points end, particle by particle."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_cryo.data.batch import Batch
+from pyro_cryo.guides.moments import normal_rule, weighted_moments
 from pyro_cryo.model import CryoModel
 from pyro_cryo.pose import KnownPose
 from pyro_cryo.rows import Rows
@@ -24,20 +25,27 @@ ENOUGH = 1e-2  # nats: a particle whose bound rose by less in a step has arrived
 SHORT = 0.25  # of a step that was refused, tried before it is said to have arrived
 NARROWER, WIDER = 10.0, 2.0  # by which the variance along an axis may shrink and grow in one: less is known outside
 FARTHEST = 2.0  # sd from the mean at which the posterior is looked at
+MATCHES = 2  # with the posterior's mean and covariance
+POINTS = 64  # looks at the images, a match
 
 
 class SemiAmortised(nn.Module):
-    """q(z | images) is the Gaussian, with its covariance in full, of largest evidence bound for each particle.
+    """q(z | images) is the Gaussian with the posterior's mean and covariance, for each particle.
 
     An encoder is one function for all images; what it loses of each (Kim et al., ICML 2018) Newton's method gets back.
-    From its mean, or where it has learned little from a draw that is much likelier, a Gaussian is moved to where,
-    over it,
+    From its mean, or where it has learned little from a draw that is much likelier, a Gaussian is moved to where its
+    evidence bound is largest: over it,
 
         E[d log p(images, z)] = 0    and    E[-d^2 log p(images, z)] is its precision
 
     (Opper and Archambeau, Neural Computation 21 (2009)). The means are taken over points on both sides of the Gaussian
-    along its axes, the second derivative from differences of the first between them. Sites that the encoder guesses
-    beside z it goes on guessing; z is climbed at their means.
+    along its axes, the second derivative from differences of the first between them.
+
+    Of all Gaussians that of largest bound is too sure where the posterior is none: it avoids what is improbable, not
+    what is left out. So its mean and covariance then become those of the posterior, by points that are weighed beside
+    it (`guides.moments`).
+
+    Sites that the encoder guesses beside z it goes on guessing; z is climbed at their means.
 
     model: of a z that may be anywhere, at poses that are known
     start: a guide with posterior(batch)
@@ -59,21 +67,20 @@ class SemiAmortised(nn.Module):
     def posterior(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean (n, zdim) and covariance (n, zdim, zdim) of q(z | images)."""
         with poutine.block():
-            mean, root = self._climbed(batch)
-        return mean, root @ root.mT
+            return self._found(batch)
 
     def forward(self, batch: Batch) -> None:
         """Sample what the other guide samples, and `z`."""
         with poutine.block(hide=["z", "particles"]):
             self._parts[1](batch)
         with poutine.block():
-            mean, root = self._climbed(batch)
-        factor = torch.linalg.cholesky(root @ root.mT)
+            mean, covariance = self._found(batch)
+        factor = torch.linalg.cholesky(covariance)
         with pyro.plate("particles", batch.size, subsample=batch.shown, dim=-1):
             pyro.sample("z", dist.MultivariateNormal(mean, scale_tril=factor))
 
-    def _climbed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean (n, zdim) and a root (n, zdim, zdim) of the covariance, root root'."""
+    def _found(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean (n, zdim) and covariance (n, zdim, zdim)."""
         model, start = self._parts
         with torch.no_grad():
             mean, covariance = start.posterior(batch)  # type: ignore[operator]
@@ -95,7 +102,10 @@ class SemiAmortised(nn.Module):
             going = going[~arrived]
             if len(going) == 0:
                 break
-        return best.mean, best.root
+        mean, root = best.mean, best.root
+        for seed in range(MATCHES):
+            mean, root = _matched(model, batch, others, mean, root, seed)
+        return mean, root @ root.mT
 
 
 @dataclass(frozen=True)
@@ -166,6 +176,18 @@ def _begun(
     chosen = height.argmax(0)
     narrower = torch.where(chosen > 0, 0.5, 1.0)[:, None, None]
     return tried[chosen, torch.arange(len(mean), device=mean.device)], narrower * root
+
+
+def _matched(
+    model: CryoModel, batch: Batch, others: dict[str, Tensor], mean: Tensor, root: Tensor, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Mean (n, zdim) of the posterior and a root of its covariance, by points of a Gaussian that has them nearly."""
+    points, chance = normal_rule(POINTS, mean.shape[1], seed, mean.device)
+    with torch.no_grad():
+        height = torch.stack([_height(model, batch, others, mean + root @ point) for point in points])
+    log_ratio = height + 0.5 * points.square().sum(1, keepdim=True)
+    away, covariance = weighted_moments(points, (chance.log()[:, None] + log_ratio).softmax(0))
+    return mean + (root @ away[..., None])[..., 0], root @ torch.linalg.cholesky(covariance)
 
 
 def _joint(model: CryoModel, batch: Batch, others: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

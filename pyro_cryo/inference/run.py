@@ -195,10 +195,11 @@ class Run:
             raise ValueError(f"{type(self.model).__name__} has no latent coordinate z; fit a heterogeneous model")
 
     def semi_amortised(self) -> Run:
-        """The same run with the best Gaussian for each particle as q(z | images), which the encoder only begins.
+        """The same run with a Gaussian for each particle as q(z | images), which the encoder only begins.
 
-        Whatever asks its guide, `posterior`, `encode`, `log_evidence` or `sbc`, gets better answers, at some 10 zdim
-        looks of the model at each image. It is kept in memory: a folder has the latents of the run's own guide.
+        It has the mean and covariance of the posterior. Whatever asks its guide, `posterior`, `encode`, `log_evidence`
+        or `sbc`, gets better answers, at some 130 + 10 zdim looks of the model at each image. It is kept in memory: a
+        folder has the latents of the run's own guide.
 
         Raises ValueError where there is no z, it cannot be anywhere, poses are not known or the guide is exact.
         """

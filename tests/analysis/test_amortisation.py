@@ -1,4 +1,4 @@
-"""The bounds of a guide, of the best Gaussian and the evidence stand in order; an exact guide loses nothing."""
+"""The bounds of a guide, of a particle's own Gaussian and the evidence stand in order; an exact guide loses nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(particles: Particles) -> Run:
     return fit(CryoDRGN(particles.box, zdim=2, width=32, layers=1), particles, epochs=2)
 
 
-def test_a_guide_loses_to_the_best_gaussian_and_that_to_the_posterior(run: Run, particles: Particles) -> None:
+def test_a_guide_loses_to_a_particles_own_gaussian_and_that_to_the_posterior(run: Run, particles: Particles) -> None:
     found = amortisation(run, particles[:50], draws=60)
     assert found.gap.shape == found.left.shape == (50,)
     error = 3 * (found.left + found.gap.clamp_min(0) + 0.05).sqrt() / 60**0.5  # log weights have variance 2 KL
@@ -77,7 +77,7 @@ def test_its_own_images_are_nearer_to_what_it_says(run: Run, particles: Particle
     assert float((held.interval - 0.9).abs().max()) < 0.05 + 2 * held.error
 
 
-def test_what_has_no_best_gaussian_is_refused(run: Run, particles: Particles) -> None:
+def test_what_has_no_gaussian_of_its_own_is_refused(run: Run, particles: Particles) -> None:
     with pytest.raises(ValueError, match="20 draws have no tail to tell k by; give 25 or more"):
         amortisation(run, particles[:5], draws=20)
     still = fit(Homogeneous(particles.box), particles)

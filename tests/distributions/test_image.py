@@ -10,7 +10,9 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
+from pyro_cryo.data.pixels import window_power
 from pyro_cryo.distributions import LowRankFourier, StudentImage
+from pyro_cryo.physics.fourier import HalfPlane, image_to_half_plane, soft_disc
 
 
 def example(rank: int, batch: int = 3, coefficients: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,6 +111,26 @@ def test_a_student_image_is_the_integral_over_its_scale() -> None:
     torch.testing.assert_close(student.log_prob(image), brute, rtol=1e-4, atol=0)
     weight = ((joint - joint.logsumexp(0)).exp() * u).sum(0)
     torch.testing.assert_close(student.weight(image), weight, rtol=1e-3, atol=0)
+
+
+def test_the_scale_of_a_windowed_image_is_told_by_fewer_numbers() -> None:
+    """E[u | weight] is the weight, of noise in real space behind a tight window: nearly, mean(w^2)^2 / mean(w^4) tells.
+
+    Power is told by a tenth more numbers than the mean(w^2) that what is seen in the noise is told by.
+    """
+    box, window, df = 24, 0.6, torch.tensor(200.0)
+    half, disc = HalfPlane.of(box), soft_disc(box, 0.5 * window * box, 0.5 * (1 - window) * box)
+    pyro.set_rng_seed(0)
+    u = dist.Gamma(0.5 * df, 0.5 * df).sample((4000,))
+    noise = torch.randn(len(u), box, box) * u.rsqrt()[:, None, None]
+    image, independent = image_to_half_plane(noise * disc, half), window_power(box, window)
+    student = StudentImage(df, torch.zeros_like(image), torch.full((len(half), 1), (0.5 * independent) ** 0.5))
+
+    def slope(weight: Tensor) -> float:
+        return float(((u - 1) * (weight - weight.mean())).mean() / weight.var())
+
+    assert slope(student.weight(image, independent)) == pytest.approx(1.06, abs=0.08)
+    assert slope(student.weight(image)) < 0.85
 
 
 def test_student_images_are_drawn_with_one_scale_each() -> None:

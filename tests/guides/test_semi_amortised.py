@@ -9,12 +9,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.semi_amortised import SemiAmortised
-from pyro_cryo.inference.draws import drawn
+from pyro_cryo.inference.draws import drawn, log_density, trace_of
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.models.contrast import Contrast
 from pyro_cryo.models.linear_subspace import LinearSubspace
@@ -88,3 +89,23 @@ def test_the_bound_is_above_the_encoders(kind: Any, particles: Particles) -> Non
     assert float((after.mean(0) - before.mean(0)).min()) > -1.0  # of 40 draws
     evidence = [weight.logsumexp(0).mean() for weight in (before, after)]
     assert abs(float(evidence[1] - evidence[0])) < 0.5
+
+
+def test_it_has_the_moments_of_a_posterior_that_is_not_gaussian(particles: Particles) -> None:
+    """Of a mixture of two states, between which an image may lie."""
+    torch.manual_seed(0)
+    run = fit(Mixture(particles.box, zdim=1, states=2, width=32, layers=1), particles, epochs=4)
+    batch = particles.batch(slice(0, 60))
+    mean, covariance = SemiAmortised(run.model, run.guide).posterior(batch)  # type: ignore[arg-type]
+    grid = torch.linspace(-6, 6, 600)
+    with torch.no_grad():
+        at = [poutine.condition(run.model, {"z": z.expand(60, 1)}) for z in grid]  # type: ignore[arg-type]
+        weight = torch.stack([log_density(trace_of(one, batch), batch) for one in at]).softmax(0)
+    exact = (weight * grid[:, None]).sum(0)
+    variance = (weight * (grid[:, None] - exact).square()).sum(0)
+    away = (mean[:, 0] - exact).abs() / variance.sqrt()
+    assert float(away.median()) < 0.05
+    assert float(away.max()) < 0.3
+    ratio = covariance[:, 0, 0] / variance
+    assert float(ratio.median()) == pytest.approx(1.0, abs=0.1)
+    assert float(ratio.min()) > 0.6
