@@ -49,6 +49,12 @@ class MapDraw(Protocol):
     def at(self, z: Tensor) -> Tensor:
         """The map (D, D, D) of what the fitted model has at z (zdim,)."""
 
+    def log_prob(self, batch: Batch, sigma: Tensor) -> Tensor:
+        """log p of the images of each particle (n,) at the poses of a batch, z and contrast integrated out, nats.
+
+        sigma (noise groups, D / 2 + 1); windowed images count for `Batch.window_power` of it.
+        """
+
 
 pyro.settings.set(module_local_params=True)
 

@@ -224,8 +224,8 @@ def arviz_table(found: Mapping[str, Evidence], draws: int) -> pd.DataFrame:
     return table
 
 
-def elpd_data(found: Evidence, draws: int) -> Any:
-    """log p as ArviZ's ELPDData; nothing was left out, so it is called loo by courtesy and p is NaN."""
+def elpd_data(found: Evidence, draws: int, p: float = np.nan, good_k: float = GOOD) -> Any:
+    """log p as ArviZ's ELPDData. Where nothing was left out it is called loo by courtesy, and p is NaN."""
     import xarray as xr
 
     each, k = (xr.DataArray(value.double().numpy(), dims="particle") for value in (found.log_p, found.pareto_k))
@@ -233,14 +233,14 @@ def elpd_data(found: Evidence, draws: int) -> Any:
     rest = {
         "n_samples": draws,
         "n_data_points": len(each),
-        "warning": doubtful(found) > 0,
+        "warning": bool((~(found.pareto_k < good_k)).any()),
         "scale": "log",
-        "good_k": GOOD,
+        "good_k": good_k,
     }
     kind, _ = _arviz()
     if not issubclass(kind, pd.Series):  # since 1.0
-        return kind(kind="loo", elpd=total, se=error, p=np.nan, **rest, elpd_i=each, pareto_k=k)
-    said = {"elpd_loo": total, "se": error, "p_loo": np.nan, **rest, "loo_i": each, "pareto_k": k}
+        return kind(kind="loo", elpd=total, se=error, p=p, **rest, elpd_i=each, pareto_k=k)
+    said = {"elpd_loo": total, "se": error, "p_loo": p, **rest, "loo_i": each, "pareto_k": k}
     return kind(data=list(said.values()), index=list(said))
 
 

@@ -172,7 +172,8 @@ def write_uncertainty(
     if difference is not None:
         written |= {"difference": difference.mean, "probability": difference.probability}
     out.mkdir(parents=True, exist_ok=True)
-    for path in (*out.glob("draw_*.mrc"), out / "difference.mrc", out / "probability.mrc"):  # of an earlier time
+    earlier = (out / name for name in ("difference.mrc", "probability.mrc", "pose.png"))
+    for path in (*out.glob("draw_*.mrc"), *earlier):
         path.unlink(missing_ok=True)
     paths = [out / f"{name}.mrc" for name in written]
     for path, volume in zip(paths, written.values(), strict=True):

@@ -16,7 +16,12 @@ def add_to(commands: Any) -> None:
     add = parser.add_argument
     add("run", type=Path, help="folder of a run")
     add("-o", "--out", type=Path, required=True, help="folder for the maps")
-    add("--index", type=int, metavar="I", help="of the map of this particle, its z as uncertain as its images leave it")
+    add(
+        "--index",
+        type=int,
+        metavar="I",
+        help="of the map of this particle, z as unsure as its images leave it; and its pose",
+    )
     add("--against", type=int, metavar="J", help="and the probability, voxel by voxel, that it exceeds this particle's")
     add("--draws", type=int, default=40, help="maps drawn; of a family each takes a pass over the images")
     add("--keep", type=int, default=5, help="of these, how many are written")
@@ -27,7 +32,8 @@ def add_to(commands: Any) -> None:
 
 
 def run(asked: argparse.Namespace) -> None:
-    """Write mean, sd and draws; of one map the spread of its FSC too."""
+    """Write mean, sd and draws; of one map the spread of its FSC too, of a particle whose pose was found that."""
+    from pyro_cryo.analysis.pose_posterior import write_pose
     from pyro_cryo.analysis.voxels import resolution_range, write_fsc_spread, write_uncertainty
     from pyro_cryo.inference.run import Run
     from pyro_cryo.inference.volume_draws import maps_have_posterior
@@ -40,10 +46,16 @@ def run(asked: argparse.Namespace) -> None:
     found = Run.load(asked.run, device=device_of(asked))
     if found.model.zdim and asked.index is None:
         raise ValueError(f"{type(found.model).__name__} has a map for every particle; give --index")
-    progress = progress_of(asked)
-    paths = write_uncertainty(
-        found, asked.out, asked.index, asked.against, asked.draws, asked.keep, asked.seed, progress
-    )
+    progress, index = progress_of(asked), asked.index
+    posed = index is not None and found.poses is not None
+    if posed:
+        found.some([index])  # or nothing is drawn
+        if found.model.zdim == 0 and asked.against is None:
+            index = None  # the map is that of all; its pose is its own
+    paths = write_uncertainty(found, asked.out, index, asked.against, asked.draws, asked.keep, asked.seed, progress)
+    if posed:
+        pose = write_pose(found, asked.out, asked.index, asked.seed)
+        print(f"where particle {asked.index} may lie is in {pose.name}")
     if not maps_have_posterior(found):
         print(f"{type(found.model).__name__} maps have no posterior of their own: this spread is of z alone")
     if found.model.zdim == 0:

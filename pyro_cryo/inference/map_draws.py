@@ -11,18 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import log, pi
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Seen
+from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Projected, Seen
 from pyro_cryo.inference.em import EM, Maps
 from pyro_cryo.inference.family import with_band
+from pyro_cryo.physics.fourier import HalfPlane
+from pyro_cryo.physics.slices import fourier_grid
 from pyro_cryo.progress import Progress, quiet
-from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, settled
+from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, component_sd, noise_sd, settled
 from pyro_cryo.volumes.prior import MapPrior
 
 WARM_UP = 10  # steps of a chain before its first draw
@@ -43,6 +48,15 @@ class StillDraw:
     def at(self, z: Tensor) -> Tensor:
         """(D, D, D)"""
         return self.volume
+
+    def log_prob(self, batch: Batch, sigma: Tensor) -> Tensor:
+        """(n,)"""
+        seen = Projected.of(batch, self._grid, sigma).seen().by_particle(batch)
+        return seen.empty + seen.projection[:, 0] - 0.5 * seen.gram[:, 0, 0] + _measure(batch, sigma)
+
+    @cached_property
+    def _grid(self) -> Tensor:
+        return fourier_grid(self.volume[None])
 
 
 @dataclass(frozen=True)
@@ -69,9 +83,37 @@ class FamilyDraw:
         """The map (D, D, D) of what the fit has at z (r,)."""
         return self._map(torch.cat([torch.ones_like(z[:1]), z]) @ self.turn)
 
+    def log_prob(self, batch: Batch, sigma: Tensor) -> Tensor:
+        """(n,); the contrast is that of the consensus too."""
+        box, side = batch.half.box, self.maps.shape[-1]
+        reached = HalfPlane.of(box).count(side / 2 - 1e-3)
+        seen = Projected.of(batch.band(reached), self._grid, sigma, box / side).seen()
+        if self.consensus is not None:
+            still = Projected.of(batch.beyond(reached), self._beyond, sigma).seen()
+            gram, projection = seen.gram.clone(), seen.projection.clone()
+            gram[:, 0, 0] += still.gram[:, 0, 0]  # the first coefficient is the contrast
+            projection[:, 0] += still.projection[:, 0]
+            seen = Seen(gram, projection, seen.empty + still.empty)
+        return self.coefficients.moments(seen.by_particle(batch)).evidence + _measure(batch, sigma)
+
     def _map(self, z: Tensor) -> Tensor:
         low = torch.einsum("c,czyx->zyx", self.coefficients.at(z[None])[0], self.maps)
         return low if self.consensus is None else with_band(self.consensus, low)
+
+    @cached_property
+    def _grid(self) -> Tensor:
+        return fourier_grid(self.maps)
+
+    @cached_property
+    def _beyond(self) -> Tensor:
+        assert self.consensus is not None
+        return fourier_grid(self.consensus[None])
+
+
+def _measure(batch: Batch, sigma: Tensor) -> Tensor:
+    """What makes `Seen` a density to the power `window_power`, as a model has it: (n,)."""
+    left, own = (2 * sd.double().log().sum(1) for sd in (noise_sd(batch, sigma), component_sd(batch, sigma)))
+    return batch.by_particle((left - batch.window_power * (own + len(batch.half) * log(2 * pi))).float())
 
 
 def still_draws(

@@ -68,9 +68,10 @@ def posterior(
     posterior:      z, contrast; where poses are not known rotation (volume axes to view axes), turn (rotation vector
                     from the best pose) and translation; sigma of the noise, given all else
     sample_stats:   log_weight, NaN where not weighed; of each particle pareto_k, log_evidence and corrected
-    log_likelihood: image, log p(images of a particle) with all that is latent integrated out, the same at every draw
-                    but for a tremor of 1e-4: what `az.loo` and `az.compare` add up. Fits are compared by particles
-                    that were not fitted
+    log_likelihood: image, log p(images of a particle) with all that is latent integrated out, at the maps, noise and
+                    priors as they were fitted: the same at every draw but for a tremor of 1e-4, so that `az.loo` and
+                    `az.compare` add it up and leave nothing out. It compares fits by particles that were not fitted.
+                    Of those that were `analysis.loo` leaves each out, over draws of the maps
     posterior_predictive, observed_data: image, with predictive images
 
     The dimensions are chain, draw and particle. Where particles have several images these are the dimension view,

@@ -168,7 +168,7 @@ def _solve(
     mean = posterior.mean(3e-3, start=start)
     volume = posterior.to_map(mean)
     # R and R S count as one image: the draws of a symmetric map are narrower by the order of the group
-    square = posterior.to_map(posterior.deviations(draws, generator, 0.1)).square().mean(0) / order
+    square = posterior.to_map(posterior.deviations(draws, generator, 2e-2)).square().mean(0) / order
     alone = [half.posterior(everywhere, order=order) for half in halves]
     first_half, second_half = (own.to_map(own.mean(1e-2)) for own in alone)
     return Reconstruction(

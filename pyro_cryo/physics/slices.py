@@ -138,11 +138,10 @@ class GridPoints:
         """`add_to_grid` of complex or real values (C, M) to grids (C, n, n, n / 2 + 1), in place."""
         if values.is_complex():
             values = torch.where(self.mirrored, values.conj(), values)
-        flat, corners = grids.flatten(1), self._by_corner
+        flat, cells = grids.flatten(1), self._cells
 
         def one(channel: int) -> None:
-            for index, weight in corners:
-                flat[channel].index_add_(0, index, values[channel] * weight)
+            flat[channel].scatter_add_(0, cells, (values[channel][:, None] * self.weight).flatten())
 
         if grids.device.type != "cpu" or len(grids) == 1:
             for channel in range(len(grids)):
@@ -152,9 +151,9 @@ class GridPoints:
             list(pool.map(one, range(len(grids))))
 
     @cached_property
-    def _by_corner(self) -> list[tuple[Tensor, Tensor]]:
-        """Cell and weight (M,) of each of the eight corners, each read as one run."""
-        return list(zip(self.cell.T.contiguous(), self.weight.T.contiguous(), strict=True))
+    def _cells(self) -> Tensor:
+        """(8 M,) point by point: half of its corners are neighbours on the grid."""
+        return self.cell.flatten().long()
 
 
 def _corners(points: Tensor, flip: Tensor, n: int, oversample: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -29,6 +29,8 @@ from pyro_cryo.physics.slices import (
     toeplitz_kernel,
 )
 
+LEAST_SQUARE = 0.03  # of scale^2 over its typical value, which the preconditioner divides by
+
 
 @dataclass(frozen=True)
 class NormalEquations:
@@ -166,14 +168,18 @@ class VoxelPosterior:
         """Posterior mean of e (b, b, b)."""
         return self._solve(self.whiten(self.rhs)[None], tolerance, start)[0]
 
-    def deviations(self, count: int, generator: torch.Generator, tolerance: float = 1e-2) -> Tensor:
-        """Draws of e minus its mean: (count, b, b, b)."""
+    def deviations(self, count: int, generator: torch.Generator, tolerance: float = 3e-3) -> Tensor:
+        """Draws of e minus its mean: (count, b, b, b).
+
+        Few coefficients are in the lowest shells, whose variance a larger tolerance leaves too small.
+        """
         b, device = len(self.scale), self.rhs.device
+        weak = preconditioner(self.scale, shell_values(self.seen * self.tau.square(), b))
         draws = []
         for _ in range(count):
             score = score_noise(self.spectrum, generator)
             prior = torch.randn(b, b, b, generator=generator).to(device)
-            draws.append(self._solve((self.whiten(score) + prior)[None], tolerance, None))
+            draws.append(self._solve((self.whiten(score) + prior)[None], tolerance, None, weak))
         return torch.cat(draws)
 
     def colour(self, e: Tensor) -> Tensor:
@@ -194,16 +200,19 @@ class VoxelPosterior:
         volume[(..., *self.crop)] = values
         return volume
 
-    def _solve(self, rhs: Tensor, tolerance: float, start: Tensor | None) -> Tensor:
-        """Conjugate gradients on H e = rhs, each of the batch on its own, preconditioned shell by shell.
+    def _solve(
+        self, rhs: Tensor, tolerance: float, start: Tensor | None, weak: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Conjugate gradients on H e = rhs, each of the batch on its own.
 
-        They run on the Fourier coefficients of e, where prior and preconditioner are factors.
+        They run on the Fourier coefficients of e, where the prior is a factor. weak is the preconditioner, by default a
+        factor of each shell: as good for a solve of few steps.
         """
         b = len(self.scale)
         tau = shell_values(self.tau, b)
         square = self.scale.square()
         typical = square.square().mean() / square.mean()  # of scale^2, where there is density
-        weak = shell_values(1 / (1 + typical * self.seen * self.tau.square()), b)
+        factor = shell_values(1 / (1 + typical * self.seen * self.tau.square()), b)
         twice = stands_for(b, rhs.device)
 
         def operator(e: Tensor) -> Tensor:
@@ -213,7 +222,8 @@ class VoxelPosterior:
         def dot(a: Tensor, c: Tensor) -> Tensor:
             return ((a.real * c.real + a.imag * c.imag) * twice).sum((-3, -2, -1), keepdim=True)
 
-        first = None if start is None else to_coefficients(start).expand(rhs.shape[0], *weak.shape)
+        first = None if start is None else to_coefficients(start).expand(rhs.shape[0], *tau.shape)
+        weak = weak or (lambda residual: factor * residual)
         return to_voxels(conjugate_gradients(operator, to_coefficients(rhs), weak, dot, tolerance, first))
 
 
@@ -227,12 +237,12 @@ def score_noise(spectrum: Tensor, generator: torch.Generator) -> Tensor:
 def conjugate_gradients(
     operator: Callable[[Tensor], Tensor],
     right: Tensor,
-    weak: Tensor,
+    weak: Callable[[Tensor], Tensor],
     dot: Callable[[Tensor, Tensor], Tensor],
     tolerance: float,
     start: Tensor | None = None,
 ) -> Tensor:
-    """e with operator(e) = right, from 0 or `start`; weak is the preconditioner, a factor of each coefficient.
+    """e with operator(e) = right, from 0 or `start`; weak is the preconditioner.
 
     dot gives one inner product, or one of each system of a batch that are solved side by side.
     """
@@ -241,9 +251,9 @@ def conjugate_gradients(
     else:
         e = start.clone()
         residual = right - operator(e)
-    z = weak * residual
+    z = weak(residual)
     direction, rz = z, dot(residual, z)
-    target = tolerance**2 * dot(right, weak * right)
+    target = tolerance**2 * dot(right, weak(right))
     for _ in range(300):
         if bool((rz <= target).all()):
             break
@@ -254,10 +264,33 @@ def conjugate_gradients(
         step = rz / curvature
         e.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
-        z = weak * residual
+        z = weak(residual)
         previous, rz = rz, dot(residual, z)
         direction = torch.addcmul(z, rz / previous.clamp_min(1e-30), direction)
     return e
+
+
+def preconditioner(scale: Tensor, strength: Tensor) -> Callable[[Tensor], Tensor]:
+    """About the inverse of H = 1 + T S K S T, on the Fourier coefficients of e: what to give `conjugate_gradients`.
+
+    scale (*batch, b, b, b) is S, strength (*batch, b, b, b / 2 + 1) is K T^2. Where K is as good as flat over the width
+    of the transform of S, and with t the typical S^2 where density is,
+
+        W H W = 1 - q^2 + q (S^2 / t) q,    W^2 = 1 / (1 + t K T^2),    q^2 = 1 - W^2,
+
+    whose inverse is about 1 - q^2 + q (S^2 / t)^-1 q: a factor of coefficients, of voxels, and of coefficients again.
+    """
+    square = scale.square()
+    typical = (square.square().mean((-3, -2, -1)) / square.mean((-3, -2, -1)))[..., None, None, None]
+    voxel = 1 / (square / typical + LEAST_SQUARE)
+    told = typical * strength
+    outer = (1 + told).rsqrt()
+    inner, rest = outer * (told / (1 + told)).sqrt(), outer.square() / (1 + told)
+
+    def apply(residual: Tensor) -> Tensor:
+        return torch.addcmul(rest * residual, inner, to_coefficients(voxel * to_voxels(inner * residual)))
+
+    return apply
 
 
 def to_coefficients(volume: Tensor) -> Tensor:

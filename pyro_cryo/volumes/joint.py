@@ -24,6 +24,7 @@ from pyro_cryo.physics.slices import convolve
 from pyro_cryo.volumes.conjugate import (
     VoxelPosterior,
     conjugate_gradients,
+    preconditioner,
     score_noise,
     stands_for,
     to_coefficients,
@@ -56,10 +57,11 @@ class JointPosterior:
         tau = torch.stack([shell_values(p.tau, p.box) for p in posteriors])
         return JointPosterior(yy, first.spectrum, first.seen, scale, tau, first.order)
 
-    def drawn(self, e: Tensor, score: Tensor, generator: torch.Generator, tolerance: float = 3e-2) -> Tensor:
+    def drawn(self, e: Tensor, score: Tensor, generator: torch.Generator, tolerance: float = 3e-3) -> Tensor:
         """e (C, D, D, D) a step on from e, at whose maps the gradient of the images' log likelihood is `score`.
 
-        What is solved for is the step, as small as a draw is from the next: so `tolerance` is one of the posterior sd.
+        What is solved for is the step, as small as a draw is from the next: so `tolerance` is one of the posterior sd,
+        over all coefficients: for the lowest shells, few of them, which at ten times as much would hardly move.
         """
         noise = torch.stack([score_noise(self.spectrum, generator) for _ in e])
         root = torch.linalg.cholesky(self.yy + 1e-6 * torch.eye(len(self.yy), device=self.yy.device))
@@ -83,11 +85,8 @@ class JointPosterior:
 
     def _solve(self, rhs: Tensor, tolerance: float) -> Tensor:
         """Conjugate gradients for all maps at once, on the Fourier coefficients of e: (C, D, D, D)."""
-        square = self.scale.square()
-        typical = square.square().mean((1, 2, 3)) / square.mean((1, 2, 3))  # of scale^2, where there is density
-        seen = shell_values(self.seen, rhs.shape[-1])
-        strength = (typical * self.yy.diagonal())[:, None, None, None]
-        weak = 1 / (1 + strength * seen * self.tau.square())
+        strength = self.yy.diagonal()[:, None, None, None] * shell_values(self.seen, rhs.shape[-1]) * self.tau.square()
+        weak = preconditioner(self.scale, strength)
         twice = stands_for(rhs.shape[-1], rhs.device)
 
         def operator(e: Tensor) -> Tensor:

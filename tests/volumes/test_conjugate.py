@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_cryo.analysis.fsc import fsc
+from pyro_cryo.analysis.fsc import fsc, shell_sum
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions import ShellNormal
 from pyro_cryo.distributions.volume import shell_values
-from pyro_cryo.physics.fourier import HalfPlane, radius, shift_phase, soft_disc
+from pyro_cryo.physics.fourier import HalfPlane, half_radius, radius, shift_phase, soft_disc
 from pyro_cryo.physics.rotations import exp, point_group, random_rotations
 from pyro_cryo.physics.slices import (
     add_to_grid,
@@ -21,6 +21,7 @@ from pyro_cryo.physics.slices import (
     read_grid,
     slice_coordinates,
 )
+from pyro_cryo.volumes import conjugate
 from pyro_cryo.volumes.conjugate import (
     NormalEquations,
     VoxelPosterior,
@@ -129,6 +130,37 @@ def test_draws_have_the_covariance_of_the_dense_posterior(tiny: tuple[VoxelPoste
         assert float(band.mean()) == pytest.approx(1.0, abs=0.05)
     correlation = torch.corrcoef(draws.T) - torch.eye(len(precision))
     assert float(correlation.square().mean()) == pytest.approx(1 / 300, rel=0.1)  # as of independent numbers
+
+
+def test_where_density_is_makes_a_solve_easy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a factor of each coefficient alone; with a narrow envelope, and a transfer that begins near 0."""
+    box = 32
+    shell = torch.arange(box // 2 + 1)
+    radius = half_radius(2 * box, "cpu") / 2
+    spectrum = 5000 * (0.02 + 1 - torch.cos(0.05 * radius**2)) / (1 + radius)
+    scale = soft_disc(box, 1, 8, dims=3).square()
+    everywhere, seen = (slice(0, box),) * 3, shell_mean(spectrum, len(shell), 0.5)
+    posterior = VoxelPosterior(box, everywhere, 0 * scale, spectrum, seen, scale, 100 / (1 + shell) ** 2)
+
+    def drawn(*tolerance: float) -> tuple[Tensor, int]:
+        steps = []
+        monkeypatch.setattr(conjugate, "convolve", lambda *given: steps.append(1) or convolve(*given))
+        return posterior.to_map(posterior.deviations(1, seeded(), *tolerance)[0]), len(steps)
+
+    def error(draw: Tensor) -> Tensor:
+        return (shell_sum(torch.fft.rfftn(draw - right).abs().square()) / power)[1:].sqrt()
+
+    right, _ = drawn(1e-5)
+    power = shell_sum(torch.fft.rfftn(right).abs().square())
+    found, steps = drawn()
+    typical = scale.square().square().mean() / scale.square().mean()
+    monkeypatch.setattr(conjugate, "preconditioner", lambda _, strength: lambda e: e / (1 + typical * strength))
+    plain, more = drawn()
+    print(f"{steps} steps, {more} without; largest error over sd {float(error(found).max()):.2f}, ", end="")
+    print(f"{float(error(plain).max()):.2f} without")
+    assert steps < 0.6 * more
+    assert float(error(found).max()) < 0.25  # of the sd in any shell
+    assert float(error(found).max()) < 2 * float(error(plain).max())
 
 
 def test_nonnegative_spectra_keep_the_mean_of_every_shell() -> None:
