@@ -42,8 +42,8 @@ JUDGED = 500  # images that judge the race
 JUDGES = 5  # a share of one in so many particles, at most, that judge whether there are several maps
 SEVERAL = 3
 RACE = (4, 5, 6, 6, 6, 7, 7, 7)  # cycles a box, a pass each, from every random map
-SETTLING = (7,) * 8 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
-SETTLED = 12  # passes of these, before one map is parted into several
+SETTLING = (7,) * 24 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
+SETTLED = 24  # passes of these, before one map is parted into several
 VIEWS = 10  # of an image, in those passes
 WHOLE = (Level(2, 3, 7.0),)  # cells of 15 degrees, in which maps are compared
 FINE = 10.0
@@ -60,7 +60,7 @@ def ab_initio(
     symmetry: Tensor,
     *,
     shift_sd: float | None = None,
-    maps: int | None = None,
+    maps: int | None = 1,
     starts: int = 2,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
@@ -71,7 +71,7 @@ def ab_initio(
 
     symmetry: (G, 3, 3) point group of the map
     shift_sd: of the particles about the box centre, pixels along each axis (default: box / 25)
-    maps:     how many different ones the particles may have; default: one, or several where particles show them. With
+    maps:     how many different ones the particles may have; None: one, or several where particles show them. With
               several, poses are searched in all of them and each image's are relative to its own map; they do not
               climb, and the map that comes with them is of all images
     starts:   random maps that are raced

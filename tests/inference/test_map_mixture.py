@@ -60,7 +60,7 @@ def test_images_of_two_kinds_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(stages, "_searched_in_all", watched)
     monkeypatch.setattr(stages, "SEVERAL", 2)
-    found = ab_initio(some, torch.eye(3)[None], shift_sd=1.0)  # that there are several is found
+    found = ab_initio(some, torch.eye(3)[None], maps=None, shift_sd=1.0)  # that there are several is found
     (mixture,) = kept
     assert float(mixture.log_share.exp().sum()) == pytest.approx(1, abs=1e-5)
     assert found.modes.rotation.shape[0] == len(some)
@@ -101,7 +101,7 @@ def test_the_judges_choose_and_are_not_fitted(tmp_path: Path, monkeypatch: pytes
 
     for name, value in (("search", told), ("sample", drawn), ("climb", climbing)):
         monkeypatch.setattr(PoseEM, name, value)
-    found = ab_initio(particles, torch.eye(3)[None], shift_sd=1.0)
+    found = ab_initio(particles, torch.eye(3)[None], maps=None, shift_sd=1.0)
     assert len(asked) == 6 + 2
     assert all(torch.equal(one.sort().values, asked[0].sort().values) for one in asked)
     assert bool(climbed) != several
