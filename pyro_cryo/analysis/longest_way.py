@@ -49,7 +49,7 @@ def longest_way(z: ArrayLike | Tensor, seed: int = 0) -> LongestWay:
     cloud = z[np.random.default_rng(seed).choice(len(z), min(CLOUD, len(z)), replace=False)]
     cloud = np.unique(cloud, axis=0)
     if len(cloud) < 3:
-        raise ValueError(f"z has {len(cloud)} different values; a way leads through 3 or more")
+        raise ValueError(f"z has {len(cloud)} different values, a way leads through 3 or more: nothing moves here")
     distance = np.linalg.norm(cloud[:, None] - cloud, axis=-1)
     tree = minimum_spanning_tree(distance).toarray()
     near = distance <= np.partition(distance, min(NEIGHBOURS, len(cloud) - 1), 1)[:, [min(NEIGHBOURS, len(cloud) - 1)]]

@@ -34,8 +34,8 @@ def run(asked: argparse.Namespace) -> None:
     out = asked.out or asked.run / "check.html"
     if out.suffix != ".html":
         raise ValueError(f"{out} is not .html; name the page by its format")
-    check_file(out, overwrite=True)
     found = Run.load(asked.run, device=device_of(asked))
+    check_file(out, overwrite=True)
     answers = check(found, asked.particles, asked.seed, asked.halves, progress_of(asked))
     for answer in answers:
         print(f"{answer.question} {answer.verdict.capitalize()}. {answer.said}")

@@ -20,7 +20,7 @@ def add_to(commands: Any) -> None:
     add("--draws", type=int, default=500, help="of each particle")
     add("--weighed", type=int, default=50, help="of the draws are weighed beside the model, for k and log p(images)")
     add("--corrected", action="store_true", help="weigh all, and pick draws by weight where that can be trusted")
-    add("--semi-amortised", action="store_true", help="z of a network from Newton's method, begun at the encoder's")
+    add("--semi-amortised", action="store_true", help="a Gaussian of each particle's own, begun at the encoder's")
     add(
         "--predictive",
         type=int,

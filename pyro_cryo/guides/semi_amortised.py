@@ -26,7 +26,7 @@ SHORT = 0.25  # of a step that was refused, tried before it is said to have arri
 NARROWER, WIDER = 10.0, 2.0  # by which the variance along an axis may shrink and grow in one: less is known outside
 FARTHEST = 2.0  # sd from the mean at which the posterior is looked at
 MATCHES = 2  # with the posterior's mean and covariance
-POINTS = 64  # looks at the images, a match
+POINTS = 64  # looks at the images, a match, or 8 for each dimension of z
 
 
 class SemiAmortised(nn.Module):
@@ -182,7 +182,8 @@ def _matched(
     model: CryoModel, batch: Batch, others: dict[str, Tensor], mean: Tensor, root: Tensor, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Mean (n, zdim) of the posterior and a root of its covariance, by points of a Gaussian that has them nearly."""
-    points, chance = normal_rule(POINTS, mean.shape[1], seed, mean.device)
+    zdim = mean.shape[1]
+    points, chance = normal_rule(max(POINTS, 8 * zdim), zdim, seed, mean.device)
     with torch.no_grad():
         height = torch.stack([_height(model, batch, others, mean + root @ point) for point in points])
     log_ratio = height + 0.5 * points.square().sum(1, keepdim=True)

@@ -129,7 +129,7 @@ def _check(run: Run, draws: int, index: int | Sequence[int] | np.ndarray | None,
         raise ValueError(f"{draws} draws; give 2 or more, of fewer there is no spread")
     if zdim == 0:
         if index is not None or z is not None:
-            raise ValueError(f"{name} has no z: its map is that of every particle; leave index and z out")
+            raise ValueError(f"{name} has no z: its map is that of every particle; leave out z, index and against")
         return
     if (index is None) == (z is None):
         raise ValueError(f"{name} has a map for every z; give index or z, one of them")

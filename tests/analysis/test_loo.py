@@ -23,7 +23,6 @@ from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.map_draws import FamilyDraw, StillDraw, still_draws, still_posterior
 from pyro_cryo.inference.run import Run
 from pyro_cryo.model import CryoModel, form_image, noise_of
-from pyro_cryo.models.cryodrgn import CryoDRGN
 from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.models.manifold import Manifold
@@ -200,7 +199,6 @@ def test_a_pose_that_was_found_is_integrated_out(particles: Particles) -> None:
 def test_what_cannot_be_left_out_is_refused(cryodrgn_run: Path, homogeneous_run: Path) -> None:
     with pytest.raises(ValueError, match=r"CryoDRGN have no posterior .*held out"):
         loo(Run.load(cryodrgn_run))
-    assert CryoDRGN(16, zdim=2).zdim
     with pytest.raises(ValueError, match="24 draws"):
         loo(Run.load(homogeneous_run), draws=24)
     with pytest.raises(ValueError, match="particles 0 to 599"):
