@@ -198,8 +198,8 @@ class Run:
         """The same run with a Gaussian for each particle as q(z | images), which the encoder only begins.
 
         It has the mean and covariance of the posterior. Whatever asks its guide, `posterior`, `encode`, `log_evidence`
-        or `sbc`, gets better answers, at some 130 + 10 zdim looks of the model at each image, 26 zdim beyond 8 dimensions.
-        It is kept in memory: a folder has the latents of the run's own guide.
+        or `sbc`, gets better answers, at some 130 + 10 zdim looks of the model at each image (26 zdim beyond
+        8 dimensions). It is kept in memory: a folder has the latents of the run's own guide.
 
         Raises ValueError where there is no z, it cannot be anywhere, poses are not known or the guide is exact.
         """
