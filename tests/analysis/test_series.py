@@ -67,7 +67,8 @@ def test_a_component_runs_between_its_percentiles(run: Run) -> None:
     parts = pca(run.latent.z)
     scores, along = parts.project(run.latent.z)[:, 1], parts.project(z)[:, 1]
     asked = np.linspace(*np.percentile(scores, [5, 95]), 5)
-    assert_allclose(along, asked, atol=scores.std())
+    assert np.corrcoef(along, asked)[0, 1] > 0.7  # the nearest particle lies off the axis, and off its place on it
+    assert_allclose(along, asked, atol=2 * scores.std())
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:
