@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -33,7 +34,12 @@ class Bar(Progress):
             yield from self._bar
 
     def note(self, text: str) -> None:
-        self._bar.set_postfix_str(text, refresh=False)
+        from tqdm import tqdm
+
+        if self._bar.disable:  # closed: what is said now would not show
+            tqdm.write(text, file=sys.stderr)
+        else:
+            self._bar.set_postfix_str(text, refresh=False)
 
 
 quiet = Progress()

@@ -8,7 +8,8 @@ tau, envelope, number of components and contrast are learned. For each shell up 
 coefficients of |mean of the draws - truth|^2 / (variance of the draws), freed of what the finite number of draws adds;
 1 where the posterior is right. Of a family, at the z of some particles, as uncertain as they are.
 
---mask: given, a solvent mask about the support from which maps were drawn; auto and none, as of `pyro-cryo fit`.
+--mask: support, that of the prior from which maps were drawn; given, a solvent mask about it, as a user would make one;
+        auto and none, as of `pyro-cryo fit`.
 --case: images with true maps (truth.npz beside the .star, as `pyro-cryo simulate` writes) in place of drawn ones.
 """
 
@@ -60,6 +61,9 @@ def support(box: int) -> Tensor:
 def solvent_mask(box: int) -> Tensor:
     """What a user would give: a ball about the support, with a soft edge beyond it."""
     return soft_disc(box, 0.36 * box, 0.06 * box, dims=3)
+
+
+GIVEN = {"given": solvent_mask, "support": support}
 
 
 def drawn(box: int, count: int, generator: torch.Generator) -> Tensor:
@@ -149,9 +153,9 @@ def run_of(
 ) -> tuple[Run, Truth]:
     """Images of the maps, the model fitted to them, and what is true."""
     mask = args.mask
-    if mask == "given":
+    if mask in GIVEN:
         mask = str(folder / "mask.mrc")
-        write_map(mask, solvent_mask(args.box), APIX)
+        write_map(mask, GIVEN[args.mask](args.box), APIX)
     star = simulate(source, folder / "case", n_images=args.images, box=args.box, snr=args.snr, seed=seed)
     return fitted(model(mask), Particles.open(star), seed), truth_of(star)
 
@@ -186,7 +190,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--particles", type=int, default=10, help="at whose z the maps of a family are taken")
-    parser.add_argument("--mask", choices=("given", "auto", "none"), default="given")
+    parser.add_argument("--mask", choices=(*GIVEN, "auto", "none"), default="given")
     parser.add_argument("--kinds", nargs="+", choices=("one", "family"), default=["one", "family"])
     parser.add_argument("--case", type=Path, nargs="+", default=[], help=".star files of cases with truth.npz")
     args = parser.parse_args()

@@ -172,9 +172,9 @@ def free_energy_profile(
         xlabel=label,
         ylabel="free energy (kT)",
         title="Free energy; 0: all shapes alike",
-        ylim=(lowest - pad, highest + pad),
+        ylim=(lowest - pad, highest + 4 * pad),
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", ncols=3)
     return figure
 
 

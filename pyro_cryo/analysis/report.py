@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,13 @@ def analyze(
     for name, value, least in (("clusters", clusters, 1), ("steps", steps, 1), ("components", components, 0)):
         if not least <= value <= MOST:
             raise ValueError(f"{value} {name}; give {least} to {MOST}, each is a map and a picture")
-    profile = _free_energy(run, out, progress) if free_energy else None
-    if run.model.zdim == 0 or _still(run):
-        pictures = _analyze_map(run, out)
-    else:
-        pictures = _analyze_latent(run, out, clusters, steps, components, progress)
+    if free_energy:
+        run.refuse_without_z()
+    still = run.model.zdim == 0 or _still(run)
+    if free_energy and still:
+        warnings.warn("all particles have one z, and no free energy is drawn along it", UserWarning, stacklevel=2)
+    profile = _free_energy(run, out, progress) if free_energy and not still else None
+    pictures = _analyze_map(run, out) if still else _analyze_latent(run, out, clusters, steps, components, progress)
     if profile is not None:
         pictures.append(profile)
     if run.poses is not None:
@@ -122,7 +125,6 @@ def _analyze_latent(run: Run, out: Path, clusters: int, steps: int, components: 
 
 def _free_energy(run: Run, out: Path, progress: Progress) -> Path:
     """A picture and a table of the profile along the longest way through the particles."""
-    run.refuse_without_z()
     found = of_run(run, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     profile = found.free_energy

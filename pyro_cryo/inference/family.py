@@ -14,7 +14,6 @@ show more.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -228,7 +227,6 @@ def _supported(em: EM, family: Family, held: Particles) -> Family:
     kept = max(rank, 1)
     maps = family.maps[: 1 + kept].clone()
     if rank == 0:
-        warnings.warn("the images support no motion: all maps of the family are one", UserWarning, stacklevel=5)
         maps[1:] = 0
     coefficients = family.coefficients.first(kept)
     gram, prior = family.gram[: 1 + kept, : 1 + kept], family.prior

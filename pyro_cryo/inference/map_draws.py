@@ -27,11 +27,10 @@ from pyro_cryo.inference.family import with_band
 from pyro_cryo.physics.fourier import HalfPlane
 from pyro_cryo.physics.slices import fourier_grid
 from pyro_cryo.progress import Progress, quiet
-from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, component_sd, noise_sd, settled
+from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, component_sd, noise_sd
 from pyro_cryo.volumes.prior import MapPrior
 
 WARM_UP = 10  # steps of a chain before its first draw
-SETTLING = 4  # steps of MacKay's fixed point
 BATCH = 256
 
 
@@ -130,19 +129,10 @@ def still_draws(
     batches = particles.batches(BATCH, device=sigma.device)
     for batch in progress(batches, particles.n_batches(BATCH), "posterior"):
         equations.add(batch, sigma, symmetry)
-    posterior = still_posterior(equations, prior, len(symmetry))
+    posterior = equations.posterior(prior.scale, prior.tau, order=len(symmetry))
     mean = posterior.to_map(posterior.mean(1e-3))
     while True:
         yield StillDraw(mean + deviation(posterior, generator))
-
-
-def still_posterior(equations: NormalEquations, prior: MapPrior, order: int) -> VoxelPosterior:
-    """The posterior of one map, tau being settled.
-
-    A fit takes one step of MacKay's fixed point, after which maps correlate best with the truth. Its tau is still too
-    large in the lowest shells, and with it the sd of voxels inside the molecule, by a fifth.
-    """
-    return settled(equations.posterior(prior.scale, prior.tau, order=order), SETTLING, 3e-2)[0]
 
 
 def deviation(posterior: VoxelPosterior, generator: torch.Generator) -> Tensor:

@@ -64,7 +64,13 @@ def find_poses(
     assert isinstance(model.poses, AnyPose)
     if model.poses.maps > 1 and not model.zdim:
         raise ValueError(
-            f"{type(model).__name__} has one map, poses are to be searched in {model.poses.maps}; give maps=1"
+            f"{type(model).__name__} has one map, poses are to be searched in {model.poses.maps}; "
+            "leave --search-maps out (maps=1)"
+        )
+    if classes and model.poses.maps not in (1, model.zdim):
+        raise ValueError(
+            f"poses are to be searched in {model.poses.maps} maps, but each of the {model.zdim} classes has one; "
+            "leave --search-maps out (maps=1), or give as many classes"
         )
     maps = model.zdim if classes else model.poses.maps
     found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, kept=kept, **how)

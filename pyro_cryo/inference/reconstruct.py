@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.distributions.volume import filter_shells
 from pyro_cryo.model import form_image
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
 from pyro_cryo.progress import Progress, quiet
-from pyro_cryo.volumes.conjugate import NormalEquations, mackay_tau
+from pyro_cryo.volumes.conjugate import NormalEquations, settled
 from pyro_cryo.volumes.mask import density_envelope, find_mask
 
 SAMPLE = 500  # images a noise group from which the noise spectrum is learned
+SETTLING = 3  # steps of MacKay's fixed point
 
 
 @dataclass(frozen=True)
@@ -151,31 +151,25 @@ def _solve(
     whole = halves[0] + halves[1]
     everywhere = torch.ones((whole.box,) * 3, device=whole.value.device)
     plain = whole.posterior(everywhere, order=order)
-    first = plain.to_map(plain.mean(1e-2))
+    first, second = half_maps = _alone(halves[0], order), _alone(halves[1], order)
     if mask is None:
         mask, scale = everywhere, everywhere
     elif isinstance(mask, str):
-        mask = find_mask(first)
-        scale = density_envelope(first, mask)
+        mask = find_mask(0.5 * (first + second))
+        scale = density_envelope(first, mask, other=second)
     else:
         mask = mask.to(everywhere)
-        scale = torch.minimum(mask, density_envelope(mask * first, mask))  # their product would narrow a tight mask
-    posterior = whole.posterior(scale, order=order, like=plain)
-    mean = posterior.mean(3e-2)
-    tau = mackay_tau(posterior, mean)
-    start = filter_shells(mean, posterior.tau / tau)
-    posterior = posterior.with_tau(tau)
-    mean = posterior.mean(3e-3, start=start)
-    volume = posterior.to_map(mean)
+        envelope = density_envelope(mask * first, mask, other=mask * second)
+        scale = torch.minimum(mask, envelope)  # their product would narrow a tight mask
+    posterior, rough = settled(whole.posterior(scale, order=order, like=plain), SETTLING, 1e-2)
+    mean = posterior.mean(3e-3, start=rough)
     # R and R S count as one image: the draws of a symmetric map are narrower by the order of the group
     square = posterior.to_map(posterior.deviations(draws, generator, 2e-2)).square().mean(0) / order
-    alone = [half.posterior(everywhere, order=order) for half in halves]
-    first_half, second_half = (own.to_map(own.mean(1e-2)) for own in alone)
     return Reconstruction(
-        volume=volume,
+        volume=posterior.to_map(mean),
         u=posterior.in_box(posterior.colour(mean)),
         sd=_smooth(square).sqrt(),
-        halves=(first_half, second_half),
+        halves=half_maps,
         mask=mask,
         scale=scale,
         tau=posterior.tau,
@@ -183,6 +177,13 @@ def _solve(
         signal_to_noise=plain.information() * plain.tau.square(),
         sigma=sigma,
     )
+
+
+def _alone(half: NormalEquations, order: int) -> Tensor:
+    """The map (D, D, D) of a half set, under a prior that is the same everywhere."""
+    everywhere = torch.ones((half.box,) * 3, device=half.value.device)
+    posterior = half.posterior(everywhere, order=order)
+    return posterior.to_map(posterior.mean(1e-2))
 
 
 def _smooth(square: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.inference.draws import drawn
-from pyro_cryo.inference.map_draws import BATCH, deviation, still_posterior
+from pyro_cryo.inference.map_draws import BATCH, deviation
 from pyro_cryo.inference.reconstruct import add_up, half_sets
 from pyro_cryo.inference.run import Run
 from pyro_cryo.model import MapDraw
@@ -70,7 +70,7 @@ def _half_maps(run: Run, prior: MapPrior, draws: int, seed: int, progress: Progr
     symmetry, sigma = model.symmetry.to(run.device), model.sigma.detach()
     sets = half_sets(particles, generator)
     halves = add_up(particles, sets, sigma, symmetry, BATCH, run.device, progress)
-    whole = still_posterior(halves[0] + halves[1], prior, len(symmetry))
+    whole = (halves[0] + halves[1]).posterior(prior.scale, prior.tau, order=len(symmetry))
     mean = whole.mean(3e-3)
     everywhere = torch.ones((particles.box,) * 3, device=run.device)
     alone = [half.posterior(everywhere, order=len(symmetry)) for half in halves]

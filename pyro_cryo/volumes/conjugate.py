@@ -166,7 +166,7 @@ class VoxelPosterior:
 
     def mean(self, tolerance: float = 1e-3, start: Tensor | None = None) -> Tensor:
         """Posterior mean of e (b, b, b)."""
-        return self._solve(self.whiten(self.rhs)[None], tolerance, start)[0]
+        return self._solve(self.whiten(self.rhs), tolerance, start)
 
     def deviations(self, count: int, generator: torch.Generator, tolerance: float = 3e-3) -> Tensor:
         """Draws of e minus its mean: (count, b, b, b).
@@ -174,13 +174,12 @@ class VoxelPosterior:
         Few coefficients are in the lowest shells, whose variance a larger tolerance leaves too small.
         """
         b, device = len(self.scale), self.rhs.device
-        weak = preconditioner(self.scale, shell_values(self.seen * self.tau.square(), b))
         draws = []
         for _ in range(count):
             score = score_noise(self.spectrum, generator)
             prior = torch.randn(b, b, b, generator=generator).to(device)
-            draws.append(self._solve((self.whiten(score) + prior)[None], tolerance, None, weak))
-        return torch.cat(draws)
+            draws.append(self._solve(self.whiten(score) + prior, tolerance))
+        return torch.stack(draws)
 
     def colour(self, e: Tensor) -> Tensor:
         """u = F^-1 tau F e: white to the prior of u, (*batch, b, b, b)."""
@@ -200,19 +199,11 @@ class VoxelPosterior:
         volume[(..., *self.crop)] = values
         return volume
 
-    def _solve(
-        self, rhs: Tensor, tolerance: float, start: Tensor | None, weak: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """Conjugate gradients on H e = rhs, each of the batch on its own.
-
-        They run on the Fourier coefficients of e, where the prior is a factor. weak is the preconditioner, by default a
-        factor of each shell: as good for a solve of few steps.
-        """
+    def _solve(self, rhs: Tensor, tolerance: float, start: Tensor | None = None) -> Tensor:
+        """Conjugate gradients on H e = rhs (b, b, b), on the Fourier coefficients of e, where the prior is a factor."""
         b = len(self.scale)
         tau = shell_values(self.tau, b)
-        square = self.scale.square()
-        typical = square.square().mean() / square.mean()  # of scale^2, where there is density
-        factor = shell_values(1 / (1 + typical * self.seen * self.tau.square()), b)
+        weak = preconditioner(self.scale, shell_values(self.seen * self.tau.square(), b))
         twice = stands_for(b, rhs.device)
 
         def operator(e: Tensor) -> Tensor:
@@ -220,10 +211,9 @@ class VoxelPosterior:
             return torch.addcmul(e, tau, to_coefficients(self.scale * score))
 
         def dot(a: Tensor, c: Tensor) -> Tensor:
-            return ((a.real * c.real + a.imag * c.imag) * twice).sum((-3, -2, -1), keepdim=True)
+            return ((a.real * c.real + a.imag * c.imag) * twice).sum()
 
-        first = None if start is None else to_coefficients(start).expand(rhs.shape[0], *tau.shape)
-        weak = weak or (lambda residual: factor * residual)
+        first = None if start is None else to_coefficients(start)
         return to_voxels(conjugate_gradients(operator, to_coefficients(rhs), weak, dot, tolerance, first))
 
 
@@ -242,10 +232,7 @@ def conjugate_gradients(
     tolerance: float,
     start: Tensor | None = None,
 ) -> Tensor:
-    """e with operator(e) = right, from 0 or `start`; weak is the preconditioner.
-
-    dot gives one inner product, or one of each system of a batch that are solved side by side.
-    """
+    """e with operator(e) = right, from 0 or `start`; weak is the preconditioner, dot the inner product ()."""
     if start is None:
         e, residual = torch.zeros_like(right), right.clone()
     else:
@@ -255,11 +242,11 @@ def conjugate_gradients(
     direction, rz = z, dot(residual, z)
     target = tolerance**2 * dot(right, weak(right))
     for _ in range(300):
-        if bool((rz <= target).all()):
+        if bool(rz <= target):
             break
         image = operator(direction)
         curvature = dot(direction, image)
-        if not bool((curvature > 0).all()):  # beyond what single precision resolves
+        if not bool(curvature > 0):  # beyond what single precision resolves
             break
         step = rz / curvature
         e.addcmul_(step, direction)
@@ -324,14 +311,20 @@ def first_tau(posterior: VoxelPosterior) -> Tensor:
 
 
 def mackay_tau(posterior: VoxelPosterior, mean: Tensor) -> Tensor:
-    """Prior sd of u by shell, one step of MacKay's fixed point: tau^2 = |mean|^2 / gamma, (L,).
+    """Prior sd of u by shell, one step of MacKay's fixed point: (L,).
 
-    gamma = 1 - var / tau^2, the share of the coefficients that the images determine, with the posterior variance of
-    each coefficient taken on its own. Source: MacKay, Neural Computation 4 (1992) 415.
+    tau^2 changes by |mean|^2 / (gamma tau^2), gamma = 1 - var / tau^2 the share of the coefficients that the images
+    determine, with the posterior variance of each coefficient taken on its own. Where gamma is small a shell's own
+    figure is chance, and would be its end: both are summed over it and, by half, its neighbours.
+    Source: MacKay, Neural Computation 4 (1992) 415.
     """
-    gamma = posterior.determined().clamp_min(0.02)
-    power = posterior.order * shell_power(posterior.colour(mean), len(posterior.tau))
-    return floor_tau(power / gamma, posterior.information())
+    shells = len(posterior.tau)
+    power = posterior.order * shell_power(posterior.colour(mean), shells) / posterior.tau.square()
+    coefficients = torch.arange(shells, device=power.device).square().clamp_min(1)
+    both = torch.stack([power, posterior.determined()])[:, None] * coefficients
+    kernel = power.new_tensor([0.5, 1, 0.5]).expand(1, 1, 3)
+    spoken, free = torch.nn.functional.conv1d(both, kernel, padding=1)[:, 0]
+    return floor_tau(posterior.tau.square() * spoken / free.clamp_min(1e-30), posterior.information())
 
 
 def settled(posterior: VoxelPosterior, steps: int, tolerance: float) -> tuple[VoxelPosterior, Tensor]:

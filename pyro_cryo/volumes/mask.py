@@ -39,7 +39,13 @@ def find_mask(volume: Tensor, *, threshold_sd: float = 4.0, grow: float = 0.04, 
 
 
 def density_envelope(
-    volume: Tensor, mask: Tensor, *, width: float = 1 / 32, inside: float = 0.1, outside: float = 0.02
+    volume: Tensor,
+    mask: Tensor,
+    *,
+    other: Tensor | None = None,
+    width: float = 1 / 32,
+    inside: float = 0.1,
+    outside: float = 0.02,
 ) -> Tensor:
     """Prior sd of the density at each voxel, up to a factor: the local rms of a first map, (D, D, D), at most 1.
 
@@ -47,11 +53,14 @@ def density_envelope(
     `inside` and `outside` of the mask are floors, and beyond the inscribed sphere it is zero. A prior that expects
     density where there is density is what non-uniform refinement (Punjani, Zhang and Fleet, Nature Methods 17, 2020)
     does by cross-validation.
+    other: the map of the other half of the images. Noise, which is not the same in both, then adds nothing: two maps
+           are multiplied where one is squared.
     """
     from scipy.ndimage import gaussian_filter
 
     box = len(volume)
-    power = gaussian_filter(volume.detach().cpu().square().numpy(), width * box, mode="wrap")
+    square = volume * (volume if other is None else other)
+    power = gaussian_filter(square.detach().cpu().numpy(), width * box, mode="wrap")
     local = torch.from_numpy(power).clamp_min(0).sqrt().to(volume.device)
     floor = outside + (inside - outside) * mask
     envelope = torch.maximum(local / local.max().clamp_min(1e-30), floor)

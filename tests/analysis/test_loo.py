@@ -20,7 +20,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import simulate
 from pyro_cryo.distributions.volume import filter_shells
 from pyro_cryo.inference.fit import fit
-from pyro_cryo.inference.map_draws import FamilyDraw, StillDraw, still_draws, still_posterior
+from pyro_cryo.inference.map_draws import FamilyDraw, StillDraw, still_draws
 from pyro_cryo.inference.run import Run
 from pyro_cryo.model import CryoModel, form_image, noise_of
 from pyro_cryo.models.homogeneous import Homogeneous
@@ -115,18 +115,18 @@ def test_particles_of_one_map_are_left_out_as_a_refit_without_them_leaves_them(t
     equations = NormalEquations.empty(box)
     batch = particles.batch(slice(None))
     equations.add(batch, sigma, C1)
-    settled = still_posterior(equations, prior, 1)
-    b = len(settled.scale)
-    root = settled.to_map(torch.eye(b**3).view(-1, b, b, b))  # (e, D, D, D)
+    posterior = equations.posterior(prior.scale, prior.tau)
+    b = len(posterior.scale)
+    root = posterior.to_map(torch.eye(b**3).view(-1, b, b, b))  # (e, D, D, D)
     points = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
     rows = [torch.view_as_real(read_grid(fourier_grid(column), points)) for column in root]
     design = torch.stack([form_image(row, batch.translation, batch).flatten(1) for row in rows], -1).double()
     sd = noise_of(batch, sigma).expand(batch.image.shape).flatten(1).double()
     white, image = design / sd[..., None], (batch.image.flatten(1).double() / sd)
     eye = torch.eye(b**3).view(-1, b, b, b)
-    seen = convolve(settled.spectrum, settled.scale * settled.colour(eye))
-    everything, exact = (settled.whiten(seen) + eye).flatten(1).double(), []
-    score = settled.whiten(settled.rhs).flatten().double()
+    seen = convolve(posterior.spectrum, posterior.scale * posterior.colour(eye))
+    everything, exact = (posterior.whiten(seen) + eye).flatten(1).double(), []
+    score = posterior.whiten(posterior.rhs).flatten().double()
     for row in range(40):
         own = white[row]
         precision = everything - own.T @ own

@@ -85,6 +85,9 @@ def test_independent_half_maps_of_noise_do_not_agree(tmp_path: Path, toy: Path) 
 
 def test_a_family_without_motion_is_shown_as_one_map(tmp_path: Path) -> None:
     star = simulate(hinge(1), tmp_path / "case", n_images=200, box=16, snr=0.5, seed=0)
-    with pytest.warns(UserWarning, match="the images support no motion"):
+    with pytest.warns(UserWarning, match="the images support no motion") as said:
         run = fit(Manifold(16, zdim=2, points=50), Particles.open(star), tmp_path / "run")
-    assert [path.name for path in analyze(run, tmp_path / "out")] == ["map.png", "fsc.png"]
+    assert len([one for one in said if "no motion" in str(one.message)]) == 1
+    with pytest.warns(UserWarning, match="no free energy"):
+        pictures = analyze(run, tmp_path / "out", free_energy=True)
+    assert [path.name for path in pictures] == ["map.png", "fsc.png"]

@@ -22,7 +22,7 @@ from pyro_cryo.guides.coefficients import LinearCoefficients
 from pyro_cryo.guides.points import ClassesCoefficients
 from pyro_cryo.inference.em import Maps
 from pyro_cryo.inference.fit import fit
-from pyro_cryo.inference.map_draws import SETTLING, family_draws, still_draws, still_posterior, turn_of
+from pyro_cryo.inference.map_draws import family_draws, still_draws, turn_of
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.volume_draws import half_map_draws, maps_have_posterior, volume_draws
 from pyro_cryo.model import CryoModel
@@ -70,7 +70,7 @@ def test_draws_of_one_map_have_the_covariance_of_the_dense_posterior(tmp_path: P
     equations = NormalEquations.empty(box)
     for batch in particles.batches(256):
         equations.add(batch, sigma, C1)
-    posterior = still_posterior(equations, prior, 1)
+    posterior = equations.posterior(prior.scale, prior.tau)
     b = len(posterior.scale)
     white = torch.eye(b**3).view(-1, b, b, b)
     seen = convolve(posterior.spectrum, posterior.scale * posterior.colour(white))
@@ -86,18 +86,6 @@ def test_draws_of_one_map_have_the_covariance_of_the_dense_posterior(tmp_path: P
     mean = root @ torch.linalg.solve(precision, posterior.whiten(posterior.rhs).flatten().double())
     offset = ((draws.mean(0) - mean) @ axes)[kept].square() / value[kept]
     assert float(offset.mean()) == pytest.approx(1 / 150, rel=0.3)
-
-
-def test_a_settled_prior_is_a_fixed_point(tmp_path: Path) -> None:
-    truth = scale() * filter_shells(torch.randn(1, BOX, BOX, BOX, generator=seeded()), TAU)
-    particles, sigma, factor, _ = case(tmp_path, truth, 0.3)
-    equations = NormalEquations.empty(BOX)
-    for batch in particles.batches(256):
-        equations.add(batch, sigma, C1)
-    once = still_posterior(equations, MapPrior.of(scale(), 3 * factor * TAU), 1)
-    again = still_posterior(equations, MapPrior.of(scale(), once.tau), 1)
-    assert SETTLING > 1
-    torch.testing.assert_close(again.tau / once.tau, torch.ones_like(TAU), rtol=0, atol=0.15)
 
 
 Family = tuple[Tensor, Tensor, Tensor]

@@ -19,6 +19,7 @@ from pyro_cryo.inference import fit as fitting
 from pyro_cryo.inference import posing
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
+from pyro_cryo.models.classes import Classes
 from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.rotations import angle_deg, exp
@@ -139,6 +140,10 @@ def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypa
     moving.poses = AnyPose(shift_sd_px=1.25, maps=3)
     fit(moving, true)
     assert asked[1:] == [(1.25, 3)]
+    classes = Classes(BOX, classes=2)
+    classes.poses = AnyPose(shift_sd_px=1.25, maps=3)
+    with pytest.raises(ValueError, match="each of the 2 classes has one; leave --search-maps out"):
+        fit(classes, true)
 
 
 def test_defocus_is_refined_where_the_prior_has_a_spread_of_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_cryo.analysis.fsc import fsc, shell_sum
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions import ShellNormal
-from pyro_cryo.distributions.volume import shell_values
+from pyro_cryo.distributions.volume import filter_shells, shell_values
 from pyro_cryo.physics.fourier import HalfPlane, half_radius, radius, shift_phase, soft_disc
 from pyro_cryo.physics.rotations import exp, point_group, random_rotations
 from pyro_cryo.physics.slices import (
@@ -278,6 +278,21 @@ def test_the_share_that_the_images_determine_is_that_of_the_dense_posterior(
         found = float(shell_values(share, len(posterior.scale)).mean())
         print(f"tau x {factor:g}: {found:.3f} determined, exactly {expected:.3f}")
         assert found == pytest.approx(expected, rel=0.2)
+
+
+def test_a_shell_by_chance_without_signal_is_not_taken_for_one() -> None:
+    """Its neighbours count, by half; alone it would have the least variance there is, and its maps an sd of none."""
+    box = 28
+    noise = torch.full((box // 2 + 1,), 3.0)
+    batch = observe(drawn_map(box, decaying(box, 3.0)), random_rotations(200, seeded(1)), noise)
+    posterior = equations(batch, noise).posterior(support(box)).with_tau(decaying(box, 3.0))
+    mean, chance = posterior.mean(1e-3), torch.ones(box // 2 + 1)
+    before = mackay_tau(posterior, mean)
+    chance[9] = 0
+    square = (mackay_tau(posterior, filter_shells(mean, chance)) / before).square()
+    torch.testing.assert_close(square[9], torch.tensor(0.5), rtol=0, atol=0.2)
+    torch.testing.assert_close(square[[8, 10]], torch.tensor([0.75, 0.75]), rtol=0, atol=0.2)
+    torch.testing.assert_close(square[:7], torch.ones(7), rtol=0, atol=1e-3)
 
 
 def test_without_signal_the_prior_says_so() -> None:

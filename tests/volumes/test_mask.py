@@ -76,3 +76,14 @@ def test_masks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for name in ("density", "empty"):
         with pytest.raises(ValueError, match=rf"{name}\.mrc: mask values .* expected 0 \(solvent\) to 1"):
             read_mask(str(tmp_path / f"{name}.mrc"), BOX)
+
+
+def test_noise_of_its_own_in_each_half_adds_nothing_to_the_envelope(molecule: Tensor) -> None:
+    """Far from density the floor is left; squared, noise would be taken for density."""
+    mask, r = find_mask(molecule), radius(BOX, 3)
+    noise = 0.1 * molecule.max() * torch.randn(2, *molecule.shape, generator=torch.Generator().manual_seed(0))
+    solvent = (mask == 0) & (r < 0.44 * BOX)
+    clean = density_envelope(molecule, mask)[solvent].mean()
+    both = density_envelope(molecule + noise[0], mask, other=molecule + noise[1])[solvent].mean()
+    single = density_envelope(molecule + noise[0], mask)[solvent].mean()
+    assert both < 1.5 * clean < single
