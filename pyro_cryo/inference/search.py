@@ -67,7 +67,8 @@ class Found(Rows):
     rotation:    (B, K, 3, 3)
     translation: (B, K, 2) pixels of the images' box
     log_mass:    (B, K) of the cells about each peak, the first one's the largest; minus infinity beyond the last peak
-    left_out:    (B,) share of the mass that the beams left out, as the finer level sees it: an estimate from probes
+    left_out:    (B,) share of the mass that the beams left out, as the finer level sees it: an estimate from probes,
+                 over all images about half of the truth, as beams are no longer widened once it is small by chance
     evidence:    (B,) log mean likelihood over the poses of the first level, beside that of an empty image
     which:       (B, K) long, the map in which each peak is
 
