@@ -18,6 +18,11 @@ class Rows:
         """Those of some images: whatever indexes a tensor."""
         return type(self)(*(value[rows] for value in self.tensors))
 
+    def __setitem__(self, rows: Any, other: Self) -> None:
+        """Others in place of those of some images."""
+        for mine, new in zip(self.tensors, other.tensors, strict=True):
+            mine[rows] = new.to(mine.device)
+
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         return type(self)(*(value.to(device) for value in self.tensors))

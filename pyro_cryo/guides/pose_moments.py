@@ -13,7 +13,7 @@ population Monte Carlo (Cappe et al., Statistics and Computing 18 (2008) 447, eq
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +22,13 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.moments import normal_rule, weighted_moments
 from pyro_cryo.guides.pose_mixture import LEAST, PoseGaussians, log_density
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
-from pyro_cryo.model import form_image
+from pyro_cryo.physics.fourier import shift_phase
 from pyro_cryo.physics.slices import read_grid, slice_coordinates
 from pyro_cryo.rows import Rows
 from pyro_cryo.volumes.conjugate import noise_sd
 
-HELD = 1 << 24  # coefficients of slices that are held at a time
+HELD = 1 << 18  # coefficients of slices that are held at a time on a CPU: in its cache
+HELD_GPU = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ def log_likelihood(
 
     grid: `fourier_grid` of the map; sigma, px: as in `guides.poses.Landscape.at`
     """
-    points = slice_coordinates(rotation, batch.half.k, batch.freq_scale)
-    expected = form_image(torch.view_as_real(read_grid(grid, points)), translation * px[:, None], batch)
-    sd = noise_sd(batch, sigma)[..., None]
-    return ((batch.image / sd) * (expected / sd)).sum((-2, -1)) - 0.5 * (expected / sd).square().sum((-2, -1))
+    half, sd = batch.half, noise_sd(batch, sigma)
+    slices = read_grid(grid, slice_coordinates(rotation, half.k, batch.freq_scale))
+    score = torch.view_as_complex(batch.image).conj() * batch.ctf / sd.square()
+    square = torch.view_as_real(slices).square().sum(-1) * (batch.ctf / sd).square()
+    cross = slices.mul_(shift_phase(half.k, translation * px[:, None], half.box)).mul_(score).real
+    return (cross - 0.5 * square).sum(-1)
 
 
 def matched(
@@ -70,38 +73,36 @@ def matched(
     grid: `fourier_grid` of the map; other arguments as in `guides.poses.climbed`. A few steps settle: 3 from
     Laplace's approximation.
     """
-    own = PoseGaussians.about(modes, torch.ones_like(px))
+    image, mode = modes.log_weight.isfinite().nonzero(as_tuple=True)
+    every = PoseGaussians.about(modes, torch.ones_like(px))
     log_weight = modes.log_weight.log_softmax(1).clamp_min(LEAST)
+    own, own_weight, some = every[image, mode], log_weight[image, mode], batch.copies(image, mode)
     points, chance = normal_rule(draws, 5, seed, px.device)
-    away = torch.einsum("nkij,sj->skni", own.factor, points)
-    poses = moved(own.rotation.transpose(0, 1), own.translation.transpose(0, 1), away)  # (S, K, B, ...)
-    log_ratio = _log_joint(batch, grid, sigma, *poses, prior, px)
-    log_ratio = log_ratio - log_density(own, log_weight, *poses).logsumexp(-1)
-    log_share = chance.log()[:, None, None] + log_ratio
-    log_mass = log_weight.T + log_share.logsumexp(0)  # (K, B)
-    evidence = log_mass.logsumexp(0)
-    weight = (log_ratio - evidence).exp()
-    effective = 1 / (chance[:, None, None] * log_weight.exp().T * weight.square()).sum((0, 1))
-    mean, covariance = (value.transpose(0, 1) for value in weighted_moments(points, log_share.softmax(0)))
-    mean = (own.factor @ mean[..., None])[..., 0]
+    poses = moved(own.rotation, own.translation, torch.einsum("mij,sj->smi", own.factor, points))  # (S, M, ...)
+    log_ratio = _log_joint(some, grid, sigma, *poses, prior[image], px[image])
+    log_ratio = log_ratio - log_density(every[image], log_weight[image], *poses).logsumexp(-1)
+    log_share = chance.log()[:, None] + log_ratio
+    log_mass = torch.full_like(log_weight, -torch.inf)
+    log_mass[image, mode] = own_weight + log_share.logsumexp(0)
+    evidence = log_mass.logsumexp(1)
+    square = own_weight.exp() * (chance[:, None] * (2 * (log_ratio - evidence[image])).exp()).sum(0)
+    effective = 1 / torch.zeros_like(evidence).index_add_(0, image, square)
+    mean, covariance = weighted_moments(points, log_share.softmax(0))
     covariance = own.factor @ covariance @ own.factor.mT
     precision = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance.double())[0]).to(covariance.dtype)
-    there = modes.log_weight.isfinite()
-    new = moved(modes.rotation, modes.translation, mean)
-    result = PoseModes(
-        torch.where(there[..., None, None], new[0], modes.rotation),
-        torch.where(there[..., None], new[1], modes.translation),
-        torch.where(there[..., None, None], precision, modes.precision),
-        log_mass.T.masked_fill(~there, -torch.inf).log_softmax(1),
-    )
+    result = PoseModes(*(value.clone() for value in modes.tensors))
+    new = moved(own.rotation, own.translation, (own.factor @ mean[..., None])[..., 0])
+    result.rotation[image, mode], result.translation[image, mode] = new
+    result.precision[image, mode] = precision
+    result = replace(result, log_weight=log_mass.log_softmax(1))
     return result, Matched(evidence, effective)
 
 
 def _log_joint(
     batch: Batch, grid: Tensor, sigma: Tensor, rotation: Tensor, translation: Tensor, prior: PosePrior, px: Tensor
 ) -> Tensor:
-    """log p(image, pose) less log p of an empty image at poses (S, K, B, 3, 3), (S, K, B, 2): (S, K, B)."""
-    held = max(1, HELD // (rotation.shape[1] * len(batch) * len(batch.half)))
+    """log p(image, pose) less log p of an empty image at poses (S, B, 3, 3), (S, B, 2): (S, B)."""
+    held = max(1, (HELD if px.device.type == "cpu" else HELD_GPU) // batch.ctf.numel())
     pairs = zip(rotation.split(held), translation.split(held), strict=True)
     return torch.cat([log_likelihood(batch, grid, sigma, *pose, px) for pose in pairs]) + prior.log_prob(
         rotation, translation

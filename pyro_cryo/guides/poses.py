@@ -43,10 +43,6 @@ class PoseModes(Rows):
             rotation[:, None].clone(), translation[:, None].clone(), torch.eye(5).repeat(n, 1, 1, 1), torch.zeros(n, 1)
         )
 
-    def __setitem__(self, rows: Tensor, other: PoseModes) -> None:
-        for mine, new in zip(self.tensors, other.tensors, strict=True):
-            mine[rows] = new.to(mine.device)
-
     @property
     def best(self) -> tuple[Tensor, Tensor]:
         """Rotation (n, 3, 3) and translation (n, 2) of the heaviest mode of each image."""

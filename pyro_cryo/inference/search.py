@@ -18,6 +18,7 @@ rotations, numbered map by map in the order of the grid, which is nested all the
 
 What a beam leaves out is not what the level that is cut says of it: the cells of most mass are those whose centres lie
 well by chance. So some of the others, drawn by their mass, are cut and compared as well; each stands for those like it.
+Particles of which much is left out so are searched again with a wider beam.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ NUMBERS = 1 << 22  # log likelihoods that are held at a time on a CPU
 NUMBERS_GPU = 1 << 28
 TABLE = 1 << 24  # coefficients of all slices of a level, that are kept rather than read again
 NOTHING = -60.0  # nats below the best, that count no more: exponentials of less are slow
+WIDER = 4  # times as wide is the next beam
 PROBES = 12  # cells of rotations beside the beam, and half as many of shifts, that tell what it leaves out
 ALIKE = 1e3  # views whose rotations agree to a thousandth are one
 APART = 1.6  # steps of the grid between two peaks
@@ -65,7 +67,8 @@ class Found(Rows):
     rotation:    (B, K, 3, 3)
     translation: (B, K, 2) pixels of the images' box
     log_mass:    (B, K) of the cells about each peak, the first one's the largest; minus infinity beyond the last peak
-    left_out:    (B,) share of the mass that the beams left out, as the finer level sees it: an estimate from probes
+    left_out:    (B,) share of the mass that the beams left out, as the finer level sees it: an estimate from probes,
+                 over all images about half of the truth, as beams are no longer widened once it is small by chance
     evidence:    (B,) log mean likelihood over the poses of the first level, beside that of an empty image
     which:       (B, K) long, the map in which each peak is
 
@@ -188,6 +191,8 @@ class Search:
     shift_sd:  of their prior, Normal(0, shift_sd^2), those pixels
     symmetry:  (G, 3, 3) point group of the map
     beam:      cells of a level that are cut, of rotations and half as many of shifts
+    spared:    share of a particle's mass that beams may leave out. Of which they leave out more, it is searched again,
+               each time with a beam four times as wide, up to what fits in memory; 1: never
     peaks:     K
     apart:     steps of the last grid, within which cells are of one peak; 0 makes every cell a peak
     turn:      (3, 3) rotation of the whole grid: R @ turn for R. Only without symmetry; default none
@@ -202,12 +207,14 @@ class Search:
         shift_sd: float,
         symmetry: Tensor,
         beam: int = 32,
+        spared: float = 0.01,
         peaks: int = 4,
         apart: float = APART,
         turn: Tensor | None = None,
         log_share: Tensor | None = None,
     ) -> None:
-        self.levels, self.extent, self.shift_sd, self.beam, self.peaks = levels, extent_px, shift_sd, beam, peaks
+        self.levels, self.extent, self.shift_sd, self.peaks = levels, extent_px, shift_sd, peaks
+        self.beam, self.spared = beam, spared
         self.apart_deg = apart * rotation_grid.step_deg(levels[-1].rotations)
         box, maps = volume.shape[-1], 1 if volume.dim() == 3 else len(volume)
         self.half = HalfPlane.of(box, volume.device)
@@ -224,7 +231,28 @@ class Search:
     def __call__(self, batch: Batch, sigma: Tensor) -> Found:
         """The peaks of images of the map's box; sigma (noise groups, b / 2 + 1)."""
         held = NUMBERS if self.half.k.device.type == "cpu" else NUMBERS_GPU
-        rows = max(1, held // (len(self.cells) * len(self.shifts)))
+        beam, found = self.beam, self._in_parts(batch, sigma, self.beam, held)
+        while self._numbers(beam * WIDER) <= held:
+            again = (found.left_out > self.spared).nonzero()[:, 0]
+            if not len(again):
+                break
+            beam *= WIDER
+            found[again] = self._in_parts(batch[again], sigma, beam, held)
+        return found
+
+    def _numbers(self, beam: int) -> int:
+        """Log likelihoods of an image that are compared at a time."""
+        turns, shifts = len(self.cells), len(self.shifts)
+        most = turns * shifts
+        for level, finer in pairwise(self.levels):
+            turns = (min(beam, turns) + PROBES) * 8 ** (finer.rotations - level.rotations)
+            shifts = (min(beam // 2, shifts) + PROBES // 2) * 4 ** (finer.shifts - level.shifts)
+            most = max(most, turns * shifts)
+        return most
+
+    def _in_parts(self, batch: Batch, sigma: Tensor, beam: int, held: int) -> Found:
+        """The peaks that a beam finds; so many log likelihoods are held at a time."""
+        rows = max(1, held // self._numbers(beam))
         views, view = _views(batch)
         # Particles whose first images have one field of view come together: one table of slices serves them all.
         order = batch.of_images(view[batch.first]).argsort(stable=True) if len(views) > 1 else torch.arange(len(batch))
@@ -235,18 +263,18 @@ class Search:
             if following - begin > rows:
                 parts.append(order[begin:end])
                 begin = end
-        found = [self._of(batch[part], _Seen(views, view[part]), sigma) for part in parts]
+        found = [self._of(batch[part], _Seen(views, view[part]), sigma, beam) for part in parts]
         return Found.of(found)[torch.cat(parts).argsort()]
 
-    def _of(self, batch: Batch, seen: _Seen, sigma: Tensor) -> Found:
+    def _of(self, batch: Batch, seen: _Seen, sigma: Tensor, beam: int) -> Found:
         first, *finer = self.levels
         value = self._log_posterior(batch, seen, sigma, first, self.cells, self.shifts)
         cells = self._cells(first, batch, self.cells, self.shifts, value)
         evidence = cells.mass.logsumexp(1) - math.log(len(self.cells) / len(self.grids))
         kept = torch.ones_like(evidence)
         for level in finer:
-            turns = _Beam.of(cells.rotation, cells.mass, self.beam, PROBES)
-            shifts = _Beam.of(cells.shift, cells.of_shift, self.beam // 2, PROBES // 2)
+            turns = _Beam.of(cells.rotation, cells.mass, beam, PROBES)
+            shifts = _Beam.of(cells.shift, cells.of_shift, beam // 2, PROBES // 2)
             for _ in range(level.rotations - cells.level.rotations):
                 turns = turns.cut(rotation_grid.children)
             for _ in range(level.shifts - cells.level.shifts):
@@ -257,7 +285,7 @@ class Search:
             every = batch.by_particle((value + shifts.log_weight[..., None]).logsumexp(1)) + turns.log_weight
             every = every + self.log_share[self._map(turns.cell, level)]
             kept = kept * (cells.mass.logsumexp(1) - every.logsumexp(1)).exp()
-        rotation, translation, mass, which = self._peaks(batch, cells)
+        rotation, translation, mass, which = self._peaks(batch, cells, 4 * beam)
         return Found(
             batch.relative[:, None] @ batch.of_images(rotation),
             translation,
@@ -324,13 +352,13 @@ class Search:
     def _rotations(self, cell: Tensor, level: Level) -> Tensor:
         return rotation_grid.centres(cell % rotation_grid.count(level.rotations), level.rotations) @ self.turn
 
-    def _peaks(self, batch: Batch, cells: _Cells) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Peaks: the heaviest cell, then the heaviest that is not near, ...
+    def _peaks(self, batch: Batch, cells: _Cells, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Peaks among so many cells: the heaviest, then the heaviest that is not near, ...
 
         Rotation (n, K, 3, 3), log mass (n, K) and map (n, K) of particles, translation (B, K, 2) of images.
         """
         level = cells.level
-        mass, place = cells.mass.topk(min(4 * self.beam, cells.mass.shape[1]), 1)
+        mass, place = cells.mass.topk(min(most, cells.mass.shape[1]), 1)
         cell = _taken(cells.rotation, place)
         value = cells.value.gather(2, batch.of_images(place)[:, None].expand(-1, cells.value.shape[1], -1))
         shift = _taken(cells.shift, value.argmax(1))

@@ -8,7 +8,7 @@ from images import blobs, observed, seen_together
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.inference.search import Level, Search
+from pyro_cryo.inference.search import Found, Level, Search
 from pyro_cryo.model import form_image
 from pyro_cryo.physics import rotation_grid, shift_grid
 from pyro_cryo.physics.fourier import HalfPlane
@@ -81,14 +81,41 @@ def test_what_a_beam_left_out_is_what_the_whole_finer_grid_has_more_of(volume: T
     loud = 3.0
     noisy, sd = observed(volume, 200, loud, torch.ones(200)), torch.full((1, BOX // 2 + 1), loud)
     fine, everything = Level(2, 3, 7.0), {"peaks": 1, "apart": 100.0}  # one peak, which all cells are near
+    levels = Level(1, 2, 4.5), fine
     whole = Search(volume, (fine,), 3.0, SHIFT_SD, EVERY, beam=2000, **everything)(noisy, sd)
     for beam in (8, 24):
-        found = Search(volume, (Level(1, 2, 4.5), fine), 3.0, SHIFT_SD, EVERY, beam=beam, **everything)(noisy, sd)
+        found = Search(volume, levels, 3.0, SHIFT_SD, EVERY, beam=beam, spared=1.0, **everything)(noisy, sd)
         left_out = 1 - (found.log_mass[:, 0] - whole.log_mass[:, 0]).exp()
         error = found.left_out - left_out
         assert float(left_out.mean()) > 0.05
         assert abs(float(error.mean())) < 0.03
         assert float(torch.stack([found.left_out, left_out]).corrcoef()[0, 1]) > 0.7
+
+
+def test_particles_of_which_a_beam_leaves_out_much_are_searched_with_a_wider_one(
+    volume: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are found as before; where a wider one does not fit in memory, so is every one."""
+    loud = 2.0
+    noisy, sd = observed(volume, 200, loud, torch.ones(200)), torch.full((1, BOX // 2 + 1), loud)
+    levels, everything = (Level(1, 2, 4.5), Level(2, 3, 7.0)), {"peaks": 1, "apart": 100.0}
+    whole = Search(volume, levels[1:], 3.0, SHIFT_SD, EVERY, beam=2000, **everything)(noisy, sd)
+
+    def found(spared: float) -> Found:
+        return Search(volume, levels, 3.0, SHIFT_SD, EVERY, beam=8, spared=spared, **everything)(noisy, sd)
+
+    def missed(found: Found) -> float:
+        return float(1 - (found.log_mass - whole.log_mass).exp().mean())
+
+    narrow, wider = found(1.0), found(0.02)
+    enough = narrow.left_out <= 0.02
+    assert 0.02 < float(enough.float().mean()) < 0.98
+    assert missed(narrow) > 0.05
+    assert missed(wider) < 0.02
+    assert float(wider.left_out.max()) <= 0.02
+    torch.testing.assert_close(wider[enough].tensors, narrow[enough].tensors)
+    monkeypatch.setattr("pyro_cryo.inference.search.NUMBERS", 1 << 14)
+    torch.testing.assert_close(found(0.02).log_mass, narrow.log_mass, atol=1e-3, rtol=1e-4)
 
 
 def test_peaks_are_apart_and_near_the_truth(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
