@@ -72,7 +72,7 @@ def find_poses(
     rotation, translation = found.modes.best
     about = replace(prior, rotation=rotation, translation=translation)
     moving = _beside(kept, "moving")
-    return decoded(refined_with_motion(particles, about, symmetry, first=MOVING, kept=moving, **how))
+    return decoded(refined_with_motion(particles, about, symmetry, first=MOVING, start=found.modes, kept=moving, **how))
 
 
 def _beside(kept: Path | None, name: str) -> Path | None:
