@@ -47,6 +47,10 @@ class PoseModes(Rows):
         for mine, new in zip(self.tensors, other.tensors, strict=True):
             mine[rows] = new.to(mine.device)
 
+    def copy(self) -> PoseModes:
+        """The same, to be climbed from."""
+        return PoseModes(*(value.clone() for value in self.tensors))
+
     @property
     def best(self) -> tuple[Tensor, Tensor]:
         """Rotation (n, 3, 3) and translation (n, 2) of the heaviest mode of each image."""

@@ -77,7 +77,7 @@ def refined_with_motion(
     first = first_band(prior, particles.box) if first is None else first
     bands = [first, *march(first, particles.box / 2 - 1)]
     linear = _Linear(components)
-    start = PoseModes.single(prior.rotation, prior.translation) if start is None else start
+    start = PoseModes.single(prior.rotation, prior.translation) if start is None else start.copy()
     stages: list[Stage] = [
         partial(_passed, em, start, band, linear, number < HELD) for number, band in enumerate(bands)
     ]

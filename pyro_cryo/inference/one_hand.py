@@ -10,7 +10,7 @@ Two maps are compared by their correlation with every shell whitened, over all r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,23 +51,38 @@ class Placement:
 
 
 def to_one_hand(maps: Tensor, share: Tensor) -> list[Placement]:
-    """How K maps (K, b, b, b) are brought to the hand and the frame of the one with the largest share (K,) of images."""
-    kmax = min(FINE, maps.shape[-1] / 2 - 1)
+    """How K maps (K, b, b, b) are brought to the hand and the frame of the one with the largest share (K,) of images.
+
+    A map that has this hand is in about this frame, as images that are compared with one family are: however well it
+    agreed elsewhere, it is turned by little. One of the other hand may be anywhere.
+    """
+    kmax, most = min(FINE, maps.shape[-1] / 2 - 1), int(share.argmax())
     grids = [(fourier_grid(one), fourier_grid(mirrored(one))) for one in maps]
-    first = grids[int(share.argmax())][0]
-    coarse, reference = (_Reference.of(first, most) for most in (min(COARSE, kmax), kmax))
-    whole = rotation_grid.centres(rotation_grid.cells(LEVEL, device=maps.device), LEVEL)
-    starts = [[whole[coarse.beside(grid, whole)[0].topk(BEST).indices] for grid in hands] for hands in grids]
+    here = torch.eye(3, device=maps.device)
+    placed = {most: Placement(here, torch.zeros_like(here[0]), False, 1.0)}
+    whole, coarse = rotation_grid.centres(rotation_grid.cells(LEVEL, device=maps.device), LEVEL), min(COARSE, kmax)
+    begun = _Reference.of(grids[most][0], coarse)
+    starts = {
+        number: [here[None], *(whole[begun.beside(one, whole)[0].topk(BEST).indices] for one in both)]
+        for number, both in enumerate(grids)
+        if number != most
+    }
     steps = STEPS_DEG
     for _ in range(1 + ROUNDS):
-        found = [
-            [reference.climbed(grid, rotation, steps, flip) for grid, rotation, flip in zip(hands, begin, (False, True))]
-            for hands, begin in zip(grids, starts)
-        ]
-        placed = [max(hands, key=lambda one: one.correlation) for hands in found]
-        reference = reference.mean_of(grids, placed, share)
-        starts, steps = [[one.rotation[None] for one in hands] for hands in found], STEPS_DEG[1:]
-    return placed
+        before = dict(placed)
+        for number, begin in starts.items():
+            others = {n: one for n, one in before.items() if n != number}
+            reference = _Reference.mean(grids, others, share, kmax)
+            found = [
+                reference.climbed(grids[number][flip], rotation, steps, flip)
+                for rotation, flip in zip(begin, (0, 0, 1), strict=True)
+            ]
+            still, elsewhere, other = found
+            same = max(still.correlation, elsewhere.correlation) >= other.correlation
+            placed[number] = still if same else other
+            starts[number] = [one.rotation[None] for one in found]
+        steps = STEPS_DEG[1:]
+    return [placed[number] for number in range(len(maps))]
 
 
 def mirrored(volume: Tensor) -> Tensor:
@@ -85,6 +100,7 @@ class _Reference:
 
     @staticmethod
     def of(grid: Tensor, kmax: float) -> _Reference:
+        """A map's own."""
         most = int(kmax)
         axis = torch.arange(-most, most + 1, device=grid.device)
         x, y, z = (one.flatten() for one in torch.meshgrid(axis, axis, axis, indexing="ij"))
@@ -93,6 +109,18 @@ class _Reference:
         k = k[k.norm(dim=1) <= kmax]
         shell = k.norm(dim=1).round().long()
         return _Reference(k, shell, _white(read_grid(grid, k), shell))
+
+    @staticmethod
+    def mean(
+        grids: list[tuple[Tensor, Tensor]], placed: dict[int, Placement], share: Tensor, kmax: float
+    ) -> _Reference:
+        """The mean of those maps, of either hand each, that were placed, by their share (K,)."""
+        plain = _Reference.of(grids[0][0], kmax)
+        total = torch.zeros_like(plain.value)
+        for number, one in placed.items():
+            slices = read_grid(grids[number][one.mirrored], plain.k @ one.rotation)
+            total += share[number] * slices * shift_phase(plain.k, one.shift, 1)
+        return replace(plain, value=_white(total, plain.shell))
 
     def beside(self, grid: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Another map at rotations (n, 3, 3): its correlation (n,) at the best shift, and that (n, 3), boxes."""
@@ -111,23 +139,15 @@ class _Reference:
         shift = torch.stack(torch.unravel_index(torch.cat(place), (side,) * 3)[::-1], -1) / side
         return torch.cat(correlation), (shift + 0.5) % 1 - 0.5
 
-    def climbed(self, grid: Tensor, rotation: Tensor, steps_deg: tuple[float, ...], flip: bool) -> Placement:
+    def climbed(self, grid: Tensor, rotation: Tensor, steps_deg: tuple[float, ...], flip: int) -> Placement:
         """Where a map agrees best, sought about rotations (n, 3, 3) in smaller and smaller steps."""
         around = torch.cartesian_prod(*[torch.arange(-1.0, 2.0, device=grid.device)] * 3)
         for step in steps_deg:
-            rotation = (exp(around * step * torch.pi / 180) @ rotation[:, None]).flatten(0, 1)
+            rotation = (exp(torch.deg2rad(step * around)) @ rotation[:, None]).flatten(0, 1)
             correlation, shift = self.beside(grid, rotation)
             best = correlation.argmax()
             rotation = rotation[best][None]
-        return Placement(rotation[0], shift[best], flip, float(correlation[best]))
-
-    def mean_of(self, grids: list[tuple[Tensor, Tensor]], placed: list[Placement], share: Tensor) -> _Reference:
-        """The mean of maps as they were placed, of either hand each, by their share (K,)."""
-        total = torch.zeros_like(self.value)
-        for hands, one, weight in zip(grids, placed, share.tolist(), strict=True):
-            total += weight * read_grid(hands[one.mirrored], self.k @ one.rotation) * shift_phase(self.k, one.shift, 1)
-        return _Reference(self.k, self.shell, _white(total, self.shell))
-
+        return Placement(rotation[0], shift[best], bool(flip), float(correlation[best]))
 
 def _white(value: Tensor, shell: Tensor) -> Tensor:
     """Coefficients (*batch, P) of a map, of mean square 1 in every shell (P,)."""

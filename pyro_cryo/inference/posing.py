@@ -69,10 +69,8 @@ def find_poses(
     found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, kept=kept, **how)
     if not model.zdim:
         return found
-    rotation, translation = found.modes.best
-    about = replace(prior, rotation=rotation, translation=translation)
     moving = _beside(kept, "moving")
-    return decoded(refined_with_motion(particles, about, symmetry, first=MOVING, start=found.modes, kept=moving, **how))
+    return decoded(refined_with_motion(particles, prior, symmetry, first=MOVING, start=found.modes, kept=moving, **how))
 
 
 def _beside(kept: Path | None, name: str) -> Path | None:
