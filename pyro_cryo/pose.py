@@ -83,19 +83,18 @@ class AnyPose(nn.Module):
 
     shift_sd_px: standard deviation of a shift along each axis, pixels of the model's box; the buffer shift_sd ()
     maps:        that poses are searched in at once, of a model with z (of classes as many as it has): 1 for what moves
-                 a little, of which all images share a map, 3 for what moves so far that one map explains some of them;
-                 default: what images show that were not fitted
+                 a little, of which all images share a map, 3 for what moves so far that one map explains some of them
     """
 
     shift_sd: Tensor
 
-    def __init__(self, shift_sd_px: float = 2.0, maps: int | None = None) -> None:
+    def __init__(self, shift_sd_px: float = 2.0, maps: int = 1) -> None:
         super().__init__()
         _check_shift(shift_sd_px)
-        if maps is not None and maps < 1:
+        if maps < 1:
             raise ValueError(f"maps is {maps}; expected 1 or more to search poses in")
         self.maps = maps
-        self.arguments = {"shift_sd_px": shift_sd_px, **({} if maps is None else {"maps": maps})}
+        self.arguments = {"shift_sd_px": shift_sd_px, "maps": maps}
         self.register_buffer("shift_sd", torch.tensor(float(shift_sd_px)))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,7 @@
 The hand of the map is not determined by the images: its mirror image explains them as well. It is where particles are
 seen from several sides.
 
-Particles of several kinds, or that move far, have several maps (`map_mixture`), which part from the one that won when
-it has settled. Where nobody says how many there are, particles that the several have not seen choose between these and
-the one.
+Particles of several kinds have several maps (`map_mixture`), which part from the one that won.
 """
 
 from __future__ import annotations
@@ -39,15 +37,12 @@ from pyro_cryo.progress import Progress, quiet
 
 SAMPLE = 400  # images of a pass in which all grids are searched
 JUDGED = 500  # images that judge the race
-JUDGES = 5  # a share of one in so many particles, at most, that judge whether there are several maps
-SEVERAL = 3
 RACE = (4, 5, 6, 6, 6, 7, 7, 7)  # cycles a box, a pass each, from every random map
-SETTLING = (7,) * 24 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
-SETTLED = 24  # passes of these, before one map is parted into several
+SETTLING = (7,) * 8 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
+SETTLED = 6  # passes of these, before one map is parted into several
 VIEWS = 10  # of an image, in those passes
-WHOLE = (Level(2, 3, 7.0),)  # cells of 15 degrees, in which maps are compared
 FINE = 10.0
-SEARCHED = (*WHOLE, Level(3, 4, FINE))  # then of 7.5
+SEARCHED = (Level(2, 3, 7.0), Level(3, 4, FINE))  # cells of 15 degrees, then of 7.5
 PEAKS = 4
 ROUNDS = 6  # of search at most, each followed by a pass
 SUBSET = 2000  # images of a round
@@ -60,7 +55,7 @@ def ab_initio(
     symmetry: Tensor,
     *,
     shift_sd: float | None = None,
-    maps: int | None = 1,
+    maps: int = 1,
     starts: int = 2,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
@@ -71,9 +66,8 @@ def ab_initio(
 
     symmetry: (G, 3, 3) point group of the map
     shift_sd: of the particles about the box centre, pixels along each axis (default: box / 25)
-    maps:     how many different ones the particles may have; None: one, or several where particles show them. With
-              several, poses are searched in all of them and each image's are relative to its own map; they do not
-              climb, and the map that comes with them is of all images
+    maps:     how many different ones the particles may have. With several, poses are searched in all of them and each
+              image's are relative to its own map; they do not climb, and the map that comes with them is of all images
     starts:   random maps that are raced
     kept:     file of the state after each stage, from which a killed search goes on
     """
@@ -86,71 +80,44 @@ def ab_initio(
     )
     sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
     em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
-    stages: list[Stage] = [lambda _: _settled(em, starts)]
-    if maps != 1:
-        drawn = torch.randperm(particles.n_particles, generator=generator)
-        judges = drawn[: 0 if maps else min(particles.particles_of(JUDGED), len(drawn) // JUDGES)]
-        stages += [partial(_parted, em, maps or SEVERAL, band, judges) for band in map_mixture.BANDS]
-        stages += [] if maps else [partial(_judged, em, judges)]
-        stages += [partial(_searched_in_all, em)]
-    bands = march(FINE, box / 2 - 1)
-    in_one: list[Stage] = [partial(_found, em), partial(_all_searched, em), *(partial(_climbed, em, b) for b in bands)]
-    return through(em, [*stages, *(partial(_unless_parted, stage) for stage in in_one)], kept)
+    if maps > 1:
+        parting: list[Stage] = [partial(_parted, em, maps, band) for band in map_mixture.BANDS]
+        return through(em, [lambda _: _settled(em, starts), *parting, partial(_searched_in_all, em)], kept)
+    bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, box / 2 - 1)]
+    return through(em, [lambda _: _found(em, starts), lambda reached: _all_searched(em, reached), *bands], kept)
 
 
 def _settled(em: PoseEM, starts: int) -> Reached:
-    """A map from nothing, and no poses yet."""
+    """A map from nothing that is to be parted into several, and no poses yet."""
     known = _raced(em, starts)
     for kmax in SETTLING[:SETTLED]:
         known = _passed(em, known, kmax)
     return Reached(known, PoseModes.single(torch.zeros(0, 3, 3), torch.zeros(0, 2)), -math.inf)
 
 
-def _parted(em: PoseEM, maps: int, kmax: float, judges: Tensor, reached: Reached | None) -> Reached:
+def _parted(em: PoseEM, maps: int, kmax: float, reached: Reached | None) -> Reached:
     """A pass of the maps that part."""
     assert reached is not None
     mixture = MapMixture.begun(reached.known, maps) if reached.mixture is None else reached.mixture
-    return replace(reached, mixture=map_mixture.passed(em, mixture, kmax, judges))
-
-
-def _judged(em: PoseEM, judges: Tensor, reached: Reached | None) -> Reached:
-    """The maps that parted, or only the one where images of other particles are not more probable in them."""
-    assert reached is not None
-    assert reached.mixture is not None
-    rows, box = em.particles.images_of(judges), box_of(WHOLE[-1].kmax, em.particles.box)
-    several = reached.mixture.on(box)
-    gain = em.search(rows, several.known, WHOLE, 1, log_share=several.log_share).evidence
-    gain = gain - em.search(rows, reached.known.on(box), WHOLE, 1).evidence
-    mean, error = float(gain.mean()), float(gain.std()) / len(judges) ** 0.5
-    em.progress.note(f"log evidence of {len(several.known)} maps beside one {mean:.2f}, give or take {error:.2f}")
-    return reached if mean > 2 * error else replace(reached, mixture=None)
-
-
-def _unless_parted(stage: Stage, reached: Reached | None) -> Reached:
-    """A stage of one map, where there are not several."""
-    assert reached is not None
-    return stage(reached) if reached.mixture is None else reached
+    return replace(reached, mixture=map_mixture.passed(em, mixture, kmax))
 
 
 def _searched_in_all(em: PoseEM, reached: Reached | None) -> Reached:
-    """The peaks of all images in several maps, where there are."""
+    """The peaks of all images in several maps."""
     assert reached is not None
-    if reached.mixture is None:
-        return reached
+    assert reached.mixture is not None
     box, everyone = box_of(FINE, em.particles.box), torch.arange(len(em.particles))
     mixture = reached.mixture.on(box)
     found = em.search(everyone, mixture.known, SEARCHED, PEAKS, log_share=mixture.log_share)
     share = found.which[:, 0].bincount(minlength=len(mixture.known)) / len(everyone)
     em.progress.note("shares of the maps " + ", ".join(f"{one:.2f}" for one in share.tolist()))
-    known = em.add(everyone, found, reached.known.on(box))
-    return Reached(known, found.modes, float(found.evidence.mean()), mixture)
+    return Reached(em.add(everyone, found, reached.known.on(box)), found.modes, float(found.evidence.mean()))
 
 
-def _found(em: PoseEM, reached: Reached | None) -> Reached:
-    """The map that settles on, and the modes of those images that were searched last."""
-    assert reached is not None
-    known = reached.known
-    for kmax in SETTLING[SETTLED:]:
+def _found(em: PoseEM, starts: int) -> Reached:
+    """A map from nothing, and the modes of those images that were searched last."""
+    known = _raced(em, starts)
+    for kmax in SETTLING:
         known = _passed(em, known, kmax)
     before = -math.inf
     for _ in range(ROUNDS):
@@ -197,7 +164,7 @@ def _raced(em: PoseEM, starts: int) -> Solved:
             known = _passed(em, known, kmax)
         raced.append((known, em.sigma))
     em.sigma = torch.stack([sigma for _, sigma in raced]).mean(0)
-    evidence = [float(em.search(judges, known, WHOLE, 1).evidence.mean()) for known, _ in raced]
+    evidence = [float(em.search(judges, known, grids(RACE[-1]), 1).evidence.mean()) for known, _ in raced]
     best = max(range(starts), key=evidence.__getitem__)
     em.progress.note(f"log evidence of the starts {', '.join(f'{e:.2f}' for e in evidence)}")
     known, em.sigma = raced[best]

@@ -2,8 +2,8 @@
 
 A pass searches a sample of the images in all maps, over the whole grid of poses, and adds them to the maps in which
 they are found, by weight; what earlier passes added counts on, less and less (stepwise expectation maximisation, Cappe
-and Moulines, J. R. Stat. Soc. B 71 (2009) 593). The maps begin as one, parted by chance. That one has to have settled:
-where its poses are wrong, or told apart no more because the band is low, maps part by orientation.
+and Moulines, J. R. Stat. Soc. B 71 (2009) 593). The maps begin as one, parted by chance, at a band so low that cells of
+30 degrees tell poses apart.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from torch import Tensor
 from pyro_cryo.inference.pose_em import Added, PoseEM, Solved, box_of
 from pyro_cryo.inference.search import Level
 
-BANDS = (7,) * 30  # cycles a box, a pass each
+BANDS = (5,) * 24 + (6,) * 6 + (7,) * 14  # cycles a box, a pass each
 SAMPLE = 80  # images of a pass, for every map
 VIEWS = 8  # of an image, in all maps together
 COUNTS_ON = 0.6  # of what earlier passes added
 LEAST_SHARE = 0.2  # of an equal share, that a map keeps
-COARSE = 6.0  # cycles a box, in which cells of 30 degrees are compared at most
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,10 @@ class MapMixture:
         return MapMixture(known, state["log_share"], added)
 
 
-def passed(em: PoseEM, mixture: MapMixture, kmax: float, judges: Tensor) -> MapMixture:
-    """The next maps, from a sample of the images; none of the particles (n,) that are to judge them."""
+def passed(em: PoseEM, mixture: MapMixture, kmax: float) -> MapMixture:
+    """The next maps, from a sample of the images."""
     mixture, count = mixture.on(box_of(kmax, em.particles.box)), len(mixture.known)
-    rows = em.sample(SAMPLE * count, without=judges)
+    rows = em.sample(SAMPLE * count)
     found = em.search(rows, mixture.known, grids(kmax), VIEWS, apart=0.0, log_share=mixture.log_share)
     if not mixture.added:  # by chance
         drawn = torch.randint(count, (em.particles.n_particles,), generator=em.generator)
@@ -81,6 +80,5 @@ def passed(em: PoseEM, mixture: MapMixture, kmax: float, judges: Tensor) -> MapM
 
 
 def grids(kmax: float) -> tuple[Level, ...]:
-    """Cells of 30 degrees, all of them; where the band tells those of 15 apart, these within the best of the others."""
-    coarse = Level(1, 3, min(kmax, COARSE))
-    return (coarse,) if kmax < COARSE else (coarse, Level(2, 3, kmax))
+    """One level, searched whole: cells of 30 degrees, or of 15 where the band tells them apart."""
+    return (Level(1 if kmax < 6 else 2, 3, kmax),)

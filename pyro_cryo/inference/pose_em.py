@@ -169,11 +169,9 @@ class PoseEM:
             modes[index] = mine
             yield batch, mine, gain
 
-    def sample(self, count: int, without: Tensor | None = None) -> Tensor:
-        """Rows of about so many images, all of each particle that is drawn, and none of some particles (n,)."""
+    def sample(self, count: int) -> Tensor:
+        """Rows of about so many images, all of each particle that is drawn."""
         drawn = torch.randperm(self.particles.n_particles, generator=self.generator)
-        if without is not None:
-            drawn = drawn[~torch.isin(drawn, without)]
         return self.particles.images_of(drawn[: self.particles.particles_of(count)])
 
     def noise(self, box: int) -> Tensor:

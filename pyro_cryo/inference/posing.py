@@ -37,9 +37,9 @@ def find_poses(
 
     Poses known roughly are refined about the table's; where any is possible they are searched from nothing, up to a
     rotation and the hand of the map: in as many maps at once as a model of classes has, else in as many as the prior
-    says, or as images show. The family is linear, whatever the model's own: it only has to follow what moves. Where a
-    model's `pose_steps` are not 0 poses then climb in its own maps. The defocus is refined about the table's where that
-    has a spread, in the map that images have in common.
+    says. The family is linear, whatever the model's own: it only has to follow what moves. Where a model's `pose_steps`
+    are not 0 poses then climb in its own maps. The defocus is refined about the table's where that has a spread, in the
+    map that images have in common.
 
     kept:    file of the state on the way, from which what was killed goes on
     descend: fits a model like this one to particles whose poses are known
@@ -62,10 +62,11 @@ def find_poses(
         return decoded(refine(particles, prior, symmetry, kept=kept, **how))
     classes = isinstance(getattr(model, "coefficients", None), ClassesCoefficients)
     assert isinstance(model.poses, AnyPose)
+    if model.poses.maps > 1 and not model.zdim:
+        raise ValueError(
+            f"{type(model).__name__} has one map, poses are to be searched in {model.poses.maps}; give maps=1"
+        )
     maps = model.zdim if classes else model.poses.maps
-    if not model.zdim and maps not in (None, 1):
-        raise ValueError(f"{type(model).__name__} has one map, poses are to be searched in {maps}; give maps=1")
-    maps = maps if model.zdim else 1
     found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, kept=kept, **how)
     if not model.zdim:
         return found
