@@ -60,28 +60,20 @@ def to_one_hand(maps: Tensor, share: Tensor) -> list[Placement]:
     grids = [(fourier_grid(one), fourier_grid(mirrored(one))) for one in maps]
     here = torch.eye(3, device=maps.device)
     placed = {most: Placement(here, torch.zeros_like(here[0]), False, 1.0)}
-    whole, coarse = rotation_grid.centres(rotation_grid.cells(LEVEL, device=maps.device), LEVEL), min(COARSE, kmax)
-    begun = _Reference.of(grids[most][0], coarse)
-    starts = {
-        number: [here[None], *(whole[begun.beside(one, whole)[0].topk(BEST).indices] for one in both)]
-        for number, both in enumerate(grids)
-        if number != most
-    }
-    steps = STEPS_DEG
-    for _ in range(1 + ROUNDS):
+    begun = _Reference.of(grids[most][0], min(COARSE, kmax))
+    about = {number: [here[None], *map(begun.best_cells, both)] for number, both in enumerate(grids) if number != most}
+    for steps in (STEPS_DEG, *(STEPS_DEG[1:],) * ROUNDS):
         before = dict(placed)
-        for number, begin in starts.items():
+        for number, begin in about.items():
             others = {n: one for n, one in before.items() if n != number}
             reference = _Reference.mean(grids, others, share, kmax)
-            found = [
+            still, elsewhere, other = (
                 reference.climbed(grids[number][flip], rotation, steps, flip)
-                for rotation, flip in zip(begin, (0, 0, 1), strict=True)
-            ]
-            still, elsewhere, other = found
+                for rotation, flip in zip(begin, (False, False, True), strict=True)
+            )
             same = max(still.correlation, elsewhere.correlation) >= other.correlation
             placed[number] = still if same else other
-            starts[number] = [one.rotation[None] for one in found]
-        steps = STEPS_DEG[1:]
+            about[number] = [one.rotation[None] for one in (still, elsewhere, other)]
     return [placed[number] for number in range(len(maps))]
 
 
@@ -92,7 +84,7 @@ def mirrored(volume: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Reference:
-    """Half of the coefficients of a map within a ball: at k (P, 3), cycles a box, in shell (P,), whitened value (P,)."""
+    """Half of a map's coefficients within a ball: k (P, 3), cycles a box, their shell (P,) and whitened value (P,)."""
 
     k: Tensor
     shell: Tensor
@@ -139,7 +131,12 @@ class _Reference:
         shift = torch.stack(torch.unravel_index(torch.cat(place), (side,) * 3)[::-1], -1) / side
         return torch.cat(correlation), (shift + 0.5) % 1 - 0.5
 
-    def climbed(self, grid: Tensor, rotation: Tensor, steps_deg: tuple[float, ...], flip: int) -> Placement:
+    def best_cells(self, grid: Tensor) -> Tensor:
+        """Rotations (n, 3, 3) of a whole grid, at which another map agrees best."""
+        whole = rotation_grid.centres(rotation_grid.cells(LEVEL, device=grid.device), LEVEL)
+        return whole[self.beside(grid, whole)[0].topk(BEST).indices]
+
+    def climbed(self, grid: Tensor, rotation: Tensor, steps_deg: tuple[float, ...], flip: bool) -> Placement:
         """Where a map agrees best, sought about rotations (n, 3, 3) in smaller and smaller steps."""
         around = torch.cartesian_prod(*[torch.arange(-1.0, 2.0, device=grid.device)] * 3)
         for step in steps_deg:
@@ -147,7 +144,8 @@ class _Reference:
             correlation, shift = self.beside(grid, rotation)
             best = correlation.argmax()
             rotation = rotation[best][None]
-        return Placement(rotation[0], shift[best], bool(flip), float(correlation[best]))
+        return Placement(rotation[0], shift[best], flip, float(correlation[best]))
+
 
 def _white(value: Tensor, shell: Tensor) -> Tensor:
     """Coefficients (*batch, P) of a map, of mean square 1 in every shell (P,)."""

@@ -67,7 +67,8 @@ def find_poses(
             f"{type(model).__name__} has one map, poses are to be searched in {model.poses.maps}; give maps=1"
         )
     maps = model.zdim if classes else model.poses.maps
-    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, kept=kept, **how)
+    finest = MOVING if model.zdim else None  # beyond which one map is not what images show
+    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, finest=finest, kept=kept, **how)
     if not model.zdim:
         return found
     moving = _beside(kept, "moving")
