@@ -8,6 +8,9 @@ conditions part motion from pose:
    what moves as a whole is the pose's. The family is solved for anew in every pass, without that condition.
 2. Afterwards what z tells of the displacements from the table's poses is taken out of them: how far a table is off
    owes nothing to the shape. So the frame is that of the table, in which, say, one domain stands still.
+
+Poses from nothing have no table; there, states that were found with the wrong hand are mirrored after the first passes
+(`one_hand`), which are then made again.
 """
 
 from __future__ import annotations
@@ -64,7 +67,8 @@ def refined_with_motion(
 ) -> Posed:
     """Posteriors of poses about those that are known roughly, in a family of maps; the consensus.
 
-    prior:      its centre is where poses begin; where its turn_sd is infinite they only begin there
+    prior:      its centre is where poses begin; where its turn_sd is infinite they only begin there, and states of the
+                wrong hand are looked for, unless there are several views of a particle or symmetry
     symmetry:   (G, 3, 3) point group of every map
     components: of the family, at most
     first:      band of the first pass, cycles a box (default: as unsure as the prior is)
@@ -81,8 +85,8 @@ def refined_with_motion(
     stages: list[Stage] = [
         partial(_passed, em, start, band, linear, number < HELD) for number, band in enumerate(bands)
     ]
-    if not math.isfinite(prior.turn_sd) and not particles.several and len(symmetry) == 1 and len(bands) >= HELD:
-        stages[HELD - 1] = partial(_of_one_hand, em, bands[:HELD], linear)
+    if not math.isfinite(prior.turn_sd) and not particles.several and len(symmetry) == 1:
+        stages[:HELD] = [*stages[: HELD - 1], partial(_in_one_hand, em, bands[:HELD], linear)]
     stages += [partial(_passed, em, start, bands[-1], _Curved(components), False)] * CURVED_PASSES
     return through(em, [*stages, *refocusing(em, stages[-1])], kept)
 
@@ -157,14 +161,14 @@ def _pass(
     return _Pass(climbed_in_family(em, found.volume, modes, z, float(evidence)), family, seen)
 
 
-def _of_one_hand(
+def _in_one_hand(
     em: PoseEM, bands: list[float], solve: Callable[[FamilySolver, int], Family], reached: Reached | None
 ) -> Reached:
     """The last of some first passes, and all of them again while states are found with the wrong hand."""
     assert reached is not None
     last = _pass(em, reached.modes, bands[-1], solve, True, reached)
     for _ in range(HAND_ROUNDS):
-        modes = _with_one_hand(em, last)
+        modes = _mirrored_where_wrong(em, last)
         if modes is None:
             break
         reached = None
@@ -174,7 +178,7 @@ def _of_one_hand(
     return last.reached
 
 
-def _with_one_hand(em: PoseEM, last: _Pass) -> PoseModes | None:
+def _mirrored_where_wrong(em: PoseEM, last: _Pass) -> PoseModes | None:
     """The best poses, those of states with the wrong hand mirrored; None where there are no such states.
 
     States are points in the space of the family's maps, as many for every molecule.
