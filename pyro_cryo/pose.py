@@ -82,8 +82,7 @@ class AnyPose(nn.Module):
     """Every orientation alike, the particle near the box centre.
 
     shift_sd_px: standard deviation of a shift along each axis, pixels of the model's box; the buffer shift_sd ()
-    maps:        that poses are searched in at once, of a model with z (of classes as many as it has): 1 for what moves
-                 a little, of which all images share a map, 3 for what moves so far that one map explains some of them
+    maps:        that poses are searched in at once, of a model with z (of classes as many as it has)
     """
 
     shift_sd: Tensor

@@ -69,7 +69,7 @@ def add_to(commands: Any) -> None:
         dest="maps",
         type=int,
         default=none,
-        help="to search: maps at once (default: 1; 3 if much moves)",
+        help="to search: maps at once (default: 1)",
     )
     add(
         "--defocus-sd-angstrom",

@@ -43,6 +43,10 @@ class PoseModes(Rows):
             rotation[:, None].clone(), translation[:, None].clone(), torch.eye(5).repeat(n, 1, 1, 1), torch.zeros(n, 1)
         )
 
+    def copy(self) -> PoseModes:
+        """The same, to be climbed from."""
+        return PoseModes(*(value.clone() for value in self.tensors))
+
     @property
     def best(self) -> tuple[Tensor, Tensor]:
         """Rotation (n, 3, 3) and translation (n, 2) of the heaviest mode of each image."""
@@ -143,12 +147,16 @@ class PosePrior:
         return torch.tensor([self.turn_sd**-2.0] * 3 + [self.shift_sd**-2.0] * 2, device=self.rotation.device)
 
     def learned(self, modes: PoseModes) -> PosePrior:
-        """With the spread that posteriors of the images' poses have about its centre, their own included."""
+        """With the spread that posteriors of the images' poses have about its centre, their own included.
+
+        Rotations that are uniform stay so.
+        """
         centre = replace(self, rotation=self.rotation[:, None], translation=self.translation[:, None])
         away = centre.away(modes.rotation, modes.translation)
         square = away.square() + torch.diagonal(torch.linalg.inv(modes.precision), dim1=2, dim2=3)
         mean = (modes.log_weight.exp()[..., None] * square).sum(1).mean(0)
-        return replace(self, turn_sd=float(mean[:3].mean().sqrt()), shift_sd=float(mean[3:].mean().sqrt()))
+        turn_sd = float(mean[:3].mean().sqrt()) if math.isfinite(self.turn_sd) else self.turn_sd
+        return replace(self, turn_sd=turn_sd, shift_sd=float(mean[3:].mean().sqrt()))
 
     def log_prob(self, rotation: Tensor, translation: Tensor) -> Tensor:
         """Log density of poses (*draws, n, 3, 3), (*draws, n, 2), relative to normalised Haar measure and pixels."""

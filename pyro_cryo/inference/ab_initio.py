@@ -25,7 +25,7 @@ from torch import Tensor
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference import map_mixture
-from pyro_cryo.inference.map_mixture import MapMixture, grids
+from pyro_cryo.inference.map_mixture import MapMixture
 from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, sample_rows
 from pyro_cryo.inference.search import Level
@@ -38,11 +38,13 @@ from pyro_cryo.progress import Progress, quiet
 SAMPLE = 400  # images of a pass in which all grids are searched
 JUDGED = 500  # images that judge the race
 RACE = (4, 5, 6, 6, 6, 7, 7, 7)  # cycles a box, a pass each, from every random map
-SETTLING = (7,) * 8 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
+SETTLING = (7,) * 24 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
 SETTLED = 6  # passes of these, before one map is parted into several
 VIEWS = 10  # of an image, in those passes
+COARSE = 6.0  # cycles a box, in which cells of 30 degrees are compared at most
+WHOLE = (Level(2, 3, 7.0),)  # cells of 15 degrees
 FINE = 10.0
-SEARCHED = (Level(2, 3, 7.0), Level(3, 4, FINE))  # cells of 15 degrees, then of 7.5
+SEARCHED = (*WHOLE, Level(3, 4, FINE))  # then of 7.5
 PEAKS = 4
 ROUNDS = 6  # of search at most, each followed by a pass
 SUBSET = 2000  # images of a round
@@ -57,6 +59,7 @@ def ab_initio(
     shift_sd: float | None = None,
     maps: int = 1,
     starts: int = 2,
+    finest: float | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = quiet,
@@ -69,6 +72,7 @@ def ab_initio(
     maps:     how many different ones the particles may have. With several, poses are searched in all of them and each
               image's are relative to its own map; they do not climb, and the map that comes with them is of all images
     starts:   random maps that are raced
+    finest:   band of the last pass, cycles a box (default: all that images show)
     kept:     file of the state after each stage, from which a killed search goes on
     """
     generator = generator or torch.Generator().manual_seed(0)
@@ -83,7 +87,7 @@ def ab_initio(
     if maps > 1:
         parting: list[Stage] = [partial(_parted, em, maps, band) for band in map_mixture.BANDS]
         return through(em, [lambda _: _settled(em, starts), *parting, partial(_searched_in_all, em)], kept)
-    bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, box / 2 - 1)]
+    bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, min(box / 2 - 1, finest or math.inf))]
     return through(em, [lambda _: _found(em, starts), lambda reached: _all_searched(em, reached), *bands], kept)
 
 
@@ -164,7 +168,7 @@ def _raced(em: PoseEM, starts: int) -> Solved:
             known = _passed(em, known, kmax)
         raced.append((known, em.sigma))
     em.sigma = torch.stack([sigma for _, sigma in raced]).mean(0)
-    evidence = [float(em.search(judges, known, grids(RACE[-1]), 1).evidence.mean()) for known, _ in raced]
+    evidence = [float(em.search(judges, known, WHOLE, 1).evidence.mean()) for known, _ in raced]
     best = max(range(starts), key=evidence.__getitem__)
     em.progress.note(f"log evidence of the starts {', '.join(f'{e:.2f}' for e in evidence)}")
     known, em.sigma = raced[best]
@@ -175,7 +179,13 @@ def _passed(em: PoseEM, known: Solved, kmax: float) -> Solved:
     """The next map, from a sample of the images, each from its best views in a whole grid."""
     known = known.on(box_of(kmax, em.particles.box))
     rows = em.sample(SAMPLE)
-    return em.add(rows, em.search(rows, known, grids(kmax), VIEWS, apart=0.0), known)
+    return em.add(rows, em.search(rows, known, _grids(kmax), VIEWS, apart=0.0), known)
+
+
+def _grids(kmax: float) -> tuple[Level, ...]:
+    """Cells of 30 degrees, all of them; where the band tells those of 15 apart, these within the best of the others."""
+    coarse = Level(1, 3, min(kmax, COARSE))
+    return (coarse,) if kmax < COARSE else (coarse, Level(2, 3, kmax))
 
 
 def _random_map(em: PoseEM) -> Solved:

@@ -8,6 +8,9 @@ conditions part motion from pose:
    what moves as a whole is the pose's. The family is solved for anew in every pass, without that condition.
 2. Afterwards what z tells of the displacements from the table's poses is taken out of them: how far a table is off
    owes nothing to the shape. So the frame is that of the table, in which, say, one domain stands still.
+
+Poses from nothing have no table; there, states that were found with the wrong hand are mirrored after the first passes
+(`one_hand`), which are then made again.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.guides.coefficients import Projected
+from pyro_cryo.guides.coefficients import Projected, Seen
 from pyro_cryo.guides.family_landscape import FamilyLikelihood
 from pyro_cryo.guides.landscape import MapLikelihood
+from pyro_cryo.guides.points import TabulatedCoefficients, fit_points
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.family import Family, FamilySolver, motion_side
 from pyro_cryo.inference.focus import refocusing
+from pyro_cryo.inference.one_hand import to_one_hand
 from pyro_cryo.inference.pose_em import BATCH, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, reconstruct, sample_rows
 from pyro_cryo.inference.refine import STEPS, first_band
@@ -40,6 +45,9 @@ from pyro_cryo.progress import Progress, quiet
 COMPONENTS = 8
 CONTRAST_SD = 0.1
 HELD = 3  # passes in which components have no rigid part
+STATES = 8  # of what moves, each of which may have been found with the wrong hand
+STARTS = 10  # of fits of these
+HAND_ROUNDS = 2
 CURVED_PASSES = 2  # last ones, in a family that bends, from all frequencies
 LEADING = 4  # principal components of z whose squares and cubes tell of displacements too
 
@@ -51,6 +59,7 @@ def refined_with_motion(
     *,
     components: int = COMPONENTS,
     first: float | None = None,
+    start: PoseModes | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = quiet,
@@ -58,10 +67,12 @@ def refined_with_motion(
 ) -> Posed:
     """Posteriors of poses about those that are known roughly, in a family of maps; the consensus.
 
-    prior:      its centre is where poses begin; where its turn_sd is infinite they only begin there
+    prior:      its centre is where poses begin; where its turn_sd is infinite they only begin there, and states of the
+                wrong hand are looked for, unless there are several views of a particle or symmetry
     symmetry:   (G, 3, 3) point group of every map
     components: of the family, at most
     first:      band of the first pass, cycles a box (default: as unsure as the prior is)
+    start:      modes that climb, the first family being that of the best of each image (default: the prior's centre)
     kept:       file of the state after each pass, from which a killed refinement goes on
     """
     generator = generator or torch.Generator().manual_seed(0)
@@ -69,10 +80,13 @@ def refined_with_motion(
     em = PoseEM(particles, prior, symmetry.to(device), sigma, generator, progress)
     first = first_band(prior, particles.box) if first is None else first
     bands = [first, *march(first, particles.box / 2 - 1)]
-    start = PoseModes.single(prior.rotation, prior.translation)
+    linear = _Linear(components)
+    start = PoseModes.single(prior.rotation, prior.translation) if start is None else start.copy()
     stages: list[Stage] = [
-        partial(_passed, em, start, band, _Linear(components), number < HELD) for number, band in enumerate(bands)
+        partial(_passed, em, start, band, linear, number < HELD) for number, band in enumerate(bands)
     ]
+    if not math.isfinite(prior.turn_sd) and not particles.several and len(symmetry) == 1:
+        stages[:HELD] = [*stages[: HELD - 1], partial(_in_one_hand, em, bands[:HELD], linear)]
     stages += [partial(_passed, em, start, bands[-1], _Curved(components), False)] * CURVED_PASSES
     return through(em, [*stages, *refocusing(em, stages[-1])], kept)
 
@@ -97,6 +111,15 @@ class _Curved:
         return solver.manifold(solver.coarse_subspace(self.components, side, CONTRAST_SD), side)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass over all images came to, the family in which they climbed, and what they say of its coefficients."""
+
+    reached: Reached
+    family: Family
+    seen: Seen
+
+
 def _passed(
     em: PoseEM,
     start: PoseModes,
@@ -106,6 +129,17 @@ def _passed(
     reached: Reached | None,
 ) -> Reached:
     """The family of the poses as they are; all images climb in it."""
+    return _pass(em, start, band, solve, eckart, reached).reached
+
+
+def _pass(
+    em: PoseEM,
+    start: PoseModes,
+    band: float,
+    solve: Callable[[FamilySolver, int], Family],
+    eckart: bool,
+    reached: Reached | None,
+) -> _Pass:
     modes = start if reached is None else reached.modes
     whole, box = em.particles.box, box_of(band, em.particles.box)
     poses = modes.best if reached is None else modes.drawn(em.generator, em.particles)
@@ -114,16 +148,56 @@ def _passed(
     solver = FamilySolver(images, found, em.symmetry, generator=em.generator, progress=em.progress)
     family = solve(solver, motion_side(found))
     likelihood = likelihood_in(family, found.volume, eckart)
-    everyone, evidence, z = torch.arange(len(em.particles)), torch.zeros((), device=em.device), []
+    everyone, evidence, parts = torch.arange(len(em.particles)), torch.zeros((), device=em.device), []
     grid, scale, low = fourier_grid(family.maps), box / family.maps.shape[-1], likelihood.count
     for batch, mine, gain in em.climbing(everyone, modes, likelihood, box, band, STEPS):
         evidence += gain.sum()
         posed = em.posed(batch, *mine.best).band(min(low, len(batch.half)))
-        seen = Projected.of(posed, grid, family.sigma, scale).seen().by_particle(posed)
-        z.append(family.coefficients.moments(seen).z.cpu())
+        parts.append(Projected.of(posed, grid, family.sigma, scale).seen().by_particle(posed))
+    seen = Seen.of(parts)
     last = box // 2 + (1 if box == whole else 0)
     em.sigma[:, 1:last] = family.sigma[:, 1:last] * (whole / box)
-    return climbed_in_family(em, found.volume, modes, torch.cat(z), float(evidence))
+    z = family.coefficients.moments(seen).z.cpu()
+    return _Pass(climbed_in_family(em, found.volume, modes, z, float(evidence)), family, seen)
+
+
+def _in_one_hand(
+    em: PoseEM, bands: list[float], solve: Callable[[FamilySolver, int], Family], reached: Reached | None
+) -> Reached:
+    """The last of some first passes, and all of them again while states are found with the wrong hand."""
+    assert reached is not None
+    last = _pass(em, reached.modes, bands[-1], solve, True, reached)
+    for _ in range(HAND_ROUNDS):
+        modes = _mirrored_where_wrong(em, last)
+        if modes is None:
+            break
+        reached = None
+        for band in bands:
+            last = _pass(em, modes, band, solve, True, reached)
+            reached = last.reached
+    return last.reached
+
+
+def _mirrored_where_wrong(em: PoseEM, last: _Pass) -> PoseModes | None:
+    """The best poses, those of states with the wrong hand mirrored; None where there are no such states.
+
+    States are points in the space of the family's maps, as many for every molecule.
+    """
+    points, log_weight = fit_points(last.seen, STATES, STARTS, em.generator)
+    nearest = TabulatedCoefficients(points, points)
+    nearest.log_weight = log_weight
+    state = nearest.moments(last.seen).weight.argmax(1).cpu()
+    maps = last.family.maps[0] + torch.einsum("kc,czyx->kzyx", points, last.family.maps[1:])
+    placed = to_one_hand(maps, log_weight.exp())
+    wrong = float(sum(weight for weight, one in zip(log_weight.exp().tolist(), placed, strict=True) if one.mirrored))
+    em.progress.note(f"{wrong:.0%} of the particles had the other hand")
+    if not wrong:
+        return None
+    rotation, translation = last.reached.modes.best
+    for number, one in enumerate(placed):
+        mine = state == number
+        rotation[mine], translation[mine] = one.poses(rotation[mine], translation[mine], em.particles.box)
+    return PoseModes.single(rotation, translation)
 
 
 def climbed_in_family(em: PoseEM, volume: Tensor, modes: PoseModes, z: Tensor, evidence: float) -> Reached:

@@ -73,13 +73,12 @@ def find_poses(
             "leave --search-maps out (maps=1), or give as many classes"
         )
     maps = model.zdim if classes else model.poses.maps
-    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, kept=kept, **how)
+    finest = MOVING if model.zdim else None  # beyond which one map is not what images show
+    found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, finest=finest, kept=kept, **how)
     if not model.zdim:
         return found
-    rotation, translation = found.modes.best
-    about = replace(prior, rotation=rotation, translation=translation)
     moving = _beside(kept, "moving")
-    return decoded(refined_with_motion(particles, about, symmetry, first=MOVING, kept=moving, **how))
+    return decoded(refined_with_motion(particles, prior, symmetry, first=MOVING, start=found.modes, kept=moving, **how))
 
 
 def _beside(kept: Path | None, name: str) -> Path | None:

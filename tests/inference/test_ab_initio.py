@@ -9,7 +9,10 @@ import torch
 from images import hinge_images
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.inference import ab_initio as stages
 from pyro_cryo.inference.ab_initio import ab_initio
+from pyro_cryo.inference.pose_em import PoseEM
+from pyro_cryo.inference.search import Level
 from pyro_cryo.physics.rotations import align_poses, angle_deg
 
 BOX = 32
@@ -23,6 +26,22 @@ def test_poses_are_found_up_to_frame_and_hand(tmp_path: Path) -> None:
     rotation, _ = align_poses(found.modes.best[0], particles.rotation)
     assert float(angle_deg(rotation, particles.rotation).median()) < 7
     assert found.volume.shape == (BOX, BOX, BOX)
+
+
+def test_passes_end_in_the_band_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    particles = hinge_images(tmp_path / "one", 1, 30, BOX, 0.5)
+    for name, value in (("RACE", (4,)), ("SETTLING", (7,)), ("SAMPLE", 20), ("SEARCHED", (Level(1, 2, 6.0),))):
+        monkeypatch.setattr(stages, name, value)
+    bands: list[float] = []
+
+    def climb(em: PoseEM, rows: torch.Tensor, modes: object, known: object, band: float, steps: int) -> object:
+        bands.append(band)
+        return known, 0.0
+
+    monkeypatch.setattr(PoseEM, "climb", climb)
+    ab_initio(particles, torch.eye(3)[None], finest=12.0)
+    assert bands[0] == 10
+    assert bands[-1] == 12
 
 
 @pytest.mark.slow

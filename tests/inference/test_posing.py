@@ -118,28 +118,34 @@ def test_other_poses_are_not_resumed(rough: Particles, run: Run) -> None:
 
 
 def test_poses_from_nothing_are_asked_for_by_the_prior(true: Particles, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[float, int]] = []
+    asked: list[tuple[float, int, object]] = []
+    known = type("Posed", (), {"modes": PoseModes.single(true.rotation, true.translation), "defocus": None})
 
     def ab_initio(particles: Particles, symmetry: torch.Tensor, *, shift_sd: float, maps: int, **how: object) -> object:
-        asked.append((shift_sd, maps))
-        modes = PoseModes.single(true.rotation, true.translation)
-        return type("Posed", (), {"modes": modes, "defocus": None})
+        asked.append((shift_sd, maps, how["finest"]))
+        return known
 
     monkeypatch.setattr(posing, "ab_initio", ab_initio)
     model = Homogeneous(BOX)
     model.poses = AnyPose(shift_sd_px=1.25)
     run = fit(model, true)
-    assert asked == [(1.25, 1)]
+    assert asked == [(1.25, 1, None)]
     torch.testing.assert_close(run.particles.rotation, true.rotation)
     model.poses = AnyPose(shift_sd_px=1.25, maps=3)
     with pytest.raises(ValueError, match="Homogeneous has one map, poses are to be searched in 3"):
         fit(model, true)
-    known = type("Posed", (), {"modes": PoseModes.single(true.rotation, true.translation), "defocus": None})
-    monkeypatch.setattr(posing, "refined_with_motion", lambda *_, **__: known)
+    begun: list[object] = []
+
+    def refined_with_motion(particles: Particles, *_: object, start: object, **how: object) -> object:
+        begun.append(start)
+        return known
+
+    monkeypatch.setattr(posing, "refined_with_motion", refined_with_motion)
     moving = LinearSubspace(BOX, zdim=1)
     moving.poses = AnyPose(shift_sd_px=1.25, maps=3)
     fit(moving, true)
-    assert asked[1:] == [(1.25, 3)]
+    assert asked[1:] == [(1.25, 3, posing.MOVING)]
+    assert begun == [known.modes]  # type: ignore[attr-defined]
     classes = Classes(BOX, classes=2)
     classes.poses = AnyPose(shift_sd_px=1.25, maps=3)
     with pytest.raises(ValueError, match="each of the 2 classes has one; leave --search-maps out"):

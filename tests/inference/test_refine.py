@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_spread_is_learned_from_posteriors(rough: PosePrior) -> None:
     learned = centre.learned(PoseModes(modes.rotation, modes.translation, sharp, modes.log_weight))
     assert learned.turn_sd == pytest.approx(0.05, rel=0.02)
     assert learned.shift_sd == pytest.approx(0.5, rel=0.02)
+    assert math.isinf(replace(centre, turn_sd=math.inf).learned(modes).turn_sd)  # uniform rotations stay so
 
 
 def test_sure_poses_are_compared_at_high_frequency_at_once() -> None:
