@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,8 +115,7 @@ class LinearSubspace(CryoModel):
             particles, found, self.symmetry, self.where(), torch.Generator().manual_seed(seed), progress
         )
         family = self.solve(solver, motion_side(found, self.kmax))
-        if not bool(family.maps[1:].any()):
-            warnings.warn("the images support no motion: all maps of the family are one", UserWarning, stacklevel=2)
+        family.warn_if_still()
         self.consensus.set(with_band(found.volume, family.maps[0]))
         self.volume.set(family.maps)
         self.coefficients, self.zdim = family.coefficients, family.zdim

@@ -62,6 +62,7 @@ class WarmCryoDRGN(CryoDRGN):
         generator = torch.Generator().manual_seed(seed)
         solver = FamilySolver(particles, start, self.symmetry, None, generator, progress)
         family = solver.subspace(self.zdim, motion_side(start, self.kmax), 0.0)
+        family.warn_if_still()
         self.basis.set(torch.cat([family.maps, family.maps.new_zeros(self.zdim - family.zdim, *family.maps.shape[1:])]))
         moving = self.zdim * shell_power(resize(self.basis.components[1:], self.box), self.box // 2 + 1)
         self.volume.amplitude.copy_((self.box * moving).sqrt())

@@ -69,7 +69,7 @@ def add_to(commands: Any) -> None:
         dest="maps",
         type=int,
         default=none,
-        help="to search: maps at once (default: 1)",
+        help="to search: maps at once (default: 1; of classes as many as there are)",
     )
     add(
         "--defocus-sd-angstrom",

@@ -212,7 +212,7 @@ def merge_points(seen: Seen, points: Tensor, log_weight: Tensor, count: int) -> 
 
 def point_evidence(seen: Seen, points: Tensor, log_weight: Tensor) -> Tensor:
     """log p of each particle under points (L, r) with log weights (L,), up to what does not depend on them: (B,)."""
-    return _log_joint(seen, points, log_weight).logsumexp(-1)
+    return log_joint(seen, points, log_weight).logsumexp(-1)
 
 
 def outer(rows: Tensor) -> Tensor:
@@ -225,7 +225,8 @@ def scaled(seen: Seen, a: Tensor) -> Seen:
     return replace(seen, gram=seen.gram * a.square()[:, None, None], projection=seen.projection * a[:, None])
 
 
-def _log_joint(seen: Seen, points: Tensor, log_weight: Tensor) -> Tensor:
+def log_joint(seen: Seen, points: Tensor, log_weight: Tensor) -> Tensor:
+    """log p(images of a particle, point), less that of empty images: (B, K) of points (K, r), log_weight (K,)."""
     features = torch.cat([torch.ones_like(points[:, :1]), points], 1)
     return seen.projection @ features.T - 0.5 * seen.gram.flatten(1) @ outer(features).T + log_weight
 
@@ -235,9 +236,9 @@ def _climb(seen: Seen, points: Tensor, log_weight: Tensor) -> tuple[Tensor, Tens
     eye = torch.eye(points.shape[1], dtype=points.dtype, device=points.device)
     before = -math.inf
     for _ in range(PASSES):
-        log_joint = _log_joint(seen, points, log_weight)
-        evidence = log_joint.logsumexp(-1).mean()
-        weight = log_joint.softmax(-1)
+        joint = log_joint(seen, points, log_weight)
+        evidence = joint.logsumexp(-1).mean()
+        weight = joint.softmax(-1)
         log_weight = (weight.mean(0) + LEAST_WEIGHT).log()
         gram = (weight.T @ seen.gram.flatten(1)).unflatten(1, seen.gram.shape[1:])
         score = (weight.T @ seen.projection)[:, 1:] - gram[:, 1:, 0]

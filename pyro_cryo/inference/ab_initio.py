@@ -1,7 +1,7 @@
 """Poses and a map from nothing: random maps, raced at low frequency; the best one is marched to fine detail.
 
-1. from each of a few random maps, EM at low frequency: a sample of the images is searched over the whole grid of poses
-   and added up, ten views an image by their weight; the band grows from 4 to 7 cycles a box
+1. from each of a few random maps, EM at low frequency: a sample of the images is searched from a whole grid of poses
+   on and added up, ten views an image by their weight; the band grows from 4 to 7 cycles a box
 2. of these maps the one under which the same images are most probable goes on so, up to 10 cycles a box; in what it
    comes to all images are searched, a few peaks of each
 3. passes in which these climb and the map is solved for anew, while the band grows as far as there are pixels
@@ -35,7 +35,7 @@ from pyro_cryo.physics.rotations import random_rotations
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
 from pyro_cryo.progress import Progress, quiet
 
-SAMPLE = 400  # images of a pass in which all grids are searched
+SAMPLE = 400  # images of a pass that searches a whole grid
 JUDGED = 500  # images that judge the race
 RACE = (4, 5, 6, 6, 6, 7, 7, 7)  # cycles a box, a pass each, from every random map
 SETTLING = (7,) * 24 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
@@ -72,7 +72,7 @@ def ab_initio(
     maps:     how many different ones the particles may have. With several, poses are searched in all of them and each
               image's are relative to its own map; they do not climb, and the map that comes with them is of all images
     starts:   random maps that are raced
-    finest:   band of the last pass, cycles a box (default: all that images show)
+    finest:   band of the last pass in one map, cycles a box (default: all that images show)
     kept:     file of the state after each stage, from which a killed search goes on
     """
     generator = generator or torch.Generator().manual_seed(0)

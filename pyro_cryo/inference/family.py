@@ -14,6 +14,7 @@ show more.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -67,6 +68,11 @@ class Family:
         if isinstance(self.coefficients, PointCoefficients):
             return int(self.coefficients.points.shape[1])
         return len(self.maps) - 1
+
+    def warn_if_still(self) -> None:
+        """Warn where nothing moves."""
+        if not bool(self.maps[1:].any()):
+            warnings.warn("the images support no motion: all maps of the family are one", UserWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)

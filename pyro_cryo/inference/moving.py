@@ -28,7 +28,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Projected, Seen
 from pyro_cryo.guides.family_landscape import FamilyLikelihood
 from pyro_cryo.guides.landscape import MapLikelihood
-from pyro_cryo.guides.points import TabulatedCoefficients, fit_points
+from pyro_cryo.guides.points import fit_points, log_joint
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference.family import Family, FamilySolver, motion_side
 from pyro_cryo.inference.focus import refocusing
@@ -48,6 +48,7 @@ HELD = 3  # passes in which components have no rigid part
 STATES = 8  # of what moves, each of which may have been found with the wrong hand
 STARTS = 10  # of fits of these
 HAND_ROUNDS = 2
+FEW = 0.01  # of the particles, for which passes are not made again
 CURVED_PASSES = 2  # last ones, in a family that bends, from all frequencies
 LEADING = 4  # principal components of z whose squares and cubes tell of displacements too
 
@@ -73,7 +74,8 @@ def refined_with_motion(
     components: of the family, at most
     first:      band of the first pass, cycles a box (default: as unsure as the prior is)
     start:      modes that climb, the first family being that of the best of each image (default: the prior's centre)
-    kept:       file of the state after each pass, from which a killed refinement goes on
+    kept:       file of the state after each pass, from which a killed refinement goes on; passes that are made again
+                for the hand are one with the last before them
     """
     generator = generator or torch.Generator().manual_seed(0)
     sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
@@ -179,19 +181,17 @@ def _in_one_hand(
 
 
 def _mirrored_where_wrong(em: PoseEM, last: _Pass) -> PoseModes | None:
-    """The best poses, those of states with the wrong hand mirrored; None where there are no such states.
+    """The best poses, all states in one hand and frame; None where next to no image is in a state of the wrong hand.
 
     States are points in the space of the family's maps, as many for every molecule.
     """
     points, log_weight = fit_points(last.seen, STATES, STARTS, em.generator)
-    nearest = TabulatedCoefficients(points, points)
-    nearest.log_weight = log_weight
-    state = nearest.moments(last.seen).weight.argmax(1).cpu()
+    state = log_joint(last.seen, points, log_weight).argmax(1).cpu()
     maps = last.family.maps[0] + torch.einsum("kc,czyx->kzyx", points, last.family.maps[1:])
     placed = to_one_hand(maps, log_weight.exp())
-    wrong = float(sum(weight for weight, one in zip(log_weight.exp().tolist(), placed, strict=True) if one.mirrored))
+    wrong = float(torch.tensor([one.mirrored for one in placed])[state].float().mean())
     em.progress.note(f"{wrong:.0%} of the particles had the other hand")
-    if not wrong:
+    if wrong < FEW:
         return None
     rotation, translation = last.reached.modes.best
     for number, one in enumerate(placed):

@@ -152,6 +152,8 @@ def _solve(
     everywhere = torch.ones((whole.box,) * 3, device=whole.value.device)
     plain = whole.posterior(everywhere, order=order)
     first, second = half_maps = _alone(halves[0], order), _alone(halves[1], order)
+    if not all(bool(half.weight.any()) for half in halves):  # a single particle
+        first = second = plain.to_map(plain.mean(1e-2))
     if mask is None:
         mask, scale = everywhere, everywhere
     elif isinstance(mask, str):
@@ -199,10 +201,14 @@ def band_limit(signal_to_noise: Tensor, least: float) -> float:
 
 
 def half_sets(particles: Particles, generator: torch.Generator) -> Tensor:
-    """1 or 2 for every image: as the table has it, else drawn at random, a particle's images together: (N,)."""
+    """1 or 2 for every image: as the table has it, else drawn at random, a particle's images together: (N,).
+
+    Where the table has them all in one set, one half of a larger set that is, they are drawn too.
+    """
     given = particles.half_set
-    drawn = torch.randint(1, 3, (particles.n_particles,), generator=generator, dtype=given.dtype)
-    return torch.where(given > 0, given, drawn[particles.particle])
+    drawn = torch.randint(1, 3, (particles.n_particles,), generator=generator, dtype=given.dtype)[particles.particle]
+    sets = torch.where(given > 0, given, drawn)
+    return drawn if bool((sets == sets[:1]).all()) else sets
 
 
 def residual_noise(

@@ -232,7 +232,7 @@ class Search:
         """The peaks of images of the map's box; sigma (noise groups, b / 2 + 1)."""
         held = NUMBERS if self.half.k.device.type == "cpu" else NUMBERS_GPU
         beam, found = self.beam, self._in_parts(batch, sigma, self.beam, held)
-        while self._numbers(beam * WIDER) <= held:
+        while self._numbers(beam) < self._numbers(beam * WIDER) <= held:
             again = (found.left_out > self.spared).nonzero()[:, 0]
             if not len(again):
                 break

@@ -29,6 +29,7 @@ from pyro_cryo.physics.slices import (
     toeplitz_kernel,
 )
 
+SHARED = 0.25  # of what a shell's neighbours say, that counts for its variance
 LEAST_SQUARE = 0.03  # of scale^2 over its typical value, which the preconditioner divides by
 
 
@@ -315,15 +316,14 @@ def mackay_tau(posterior: VoxelPosterior, mean: Tensor) -> Tensor:
 
     tau^2 changes by |mean|^2 / (gamma tau^2), gamma = 1 - var / tau^2 the share of the coefficients that the images
     determine, with the posterior variance of each coefficient taken on its own. Where gamma is small a shell's own
-    figure is chance, and would be its end: both are summed over it and, by half, its neighbours.
+    figure is chance, and would be its end: both are summed over it and, by SHARED, its neighbours.
     Source: MacKay, Neural Computation 4 (1992) 415.
     """
     shells = len(posterior.tau)
     power = posterior.order * shell_power(posterior.colour(mean), shells) / posterior.tau.square()
     coefficients = torch.arange(shells, device=power.device).square().clamp_min(1)
-    both = torch.stack([power, posterior.determined()])[:, None] * coefficients
-    kernel = power.new_tensor([0.5, 1, 0.5]).expand(1, 1, 3)
-    spoken, free = torch.nn.functional.conv1d(both, kernel, padding=1)[:, 0]
+    beside = torch.nn.functional.pad(torch.stack([power, posterior.determined()]) * coefficients, (1, 1))
+    spoken, free = beside[:, 1:-1] + SHARED * (beside[:, :-2] + beside[:, 2:])
     return floor_tau(posterior.tau.square() * spoken / free.clamp_min(1e-30), posterior.information())
 
 

@@ -100,3 +100,18 @@ def test_images_of_the_wrong_hand_are_found(tmp_path: Path, monkeypatch: pytest.
     found = refined_with_motion(particles, prior, torch.eye(3)[None], components=2, first=8.0, start=start)
     assert right(found.modes) > 0.9
     assert torch.equal(start.rotation, given.rotation)
+
+
+def test_right_poses_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pass is made again."""
+    particles, passes = hinge_images(tmp_path / "case", 4, 400, BOX, 0.5), []
+    monkeypatch.setattr(moving, "STATES", 4)
+    monkeypatch.setattr(moving, "march", lambda first, finest: [9.0, 10.0])
+    monkeypatch.setattr(moving, "CURVED_PASSES", 0)
+    once = moving._pass
+    monkeypatch.setattr(moving, "_pass", lambda *how: passes.append(how[2]) or once(*how))
+    count = len(particles)
+    prior = PosePrior(torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, 1.0)
+    start = PoseModes.single(particles.rotation, particles.translation)
+    refined_with_motion(particles, prior, torch.eye(3)[None], components=2, first=8.0, start=start)
+    assert passes == [8.0, 9.0, 10.0]

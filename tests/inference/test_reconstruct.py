@@ -191,6 +191,22 @@ def test_half_sets_are_those_of_the_table(star: Path, tmp_path: Path) -> None:
     assert float(fsc(first, truth)[1:12].mean()) > float(fsc(second, truth)[1:12].mean()) + 0.05
 
 
+def test_images_of_one_half_set_are_halved_again(star: Path) -> None:
+    particles = Particles.open(star)
+    one = dataclasses.replace(
+        particles, table=dataclasses.replace(particles.table, half_set=torch.ones_like(particles.half_set))
+    )
+    assert half_sets(one, seeded()).unique().tolist() == [1, 2]
+    found = reconstruct(one)
+    assert bool(torch.stack([found.volume, found.sd, *found.halves]).isfinite().all())
+    assert not torch.equal(*found.halves)
+
+
+def test_a_single_particle_has_a_map(star: Path) -> None:
+    found = reconstruct(Particles.open(star)[:1])
+    assert bool(torch.stack([found.volume, found.sd, found.scale]).isfinite().all())
+
+
 def test_noise_free_images_do_not_diverge(tmp_path: Path) -> None:
     star = make_case(tmp_path, 300, snr=1e9)
     result = reconstruct(Particles.open(star), draws=1)
