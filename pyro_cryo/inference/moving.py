@@ -61,6 +61,7 @@ def refined_with_motion(
     components: int = COMPONENTS,
     first: float | None = None,
     start: PoseModes | None = None,
+    one_hand: bool = True,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = quiet,
@@ -68,12 +69,13 @@ def refined_with_motion(
 ) -> Posed:
     """Posteriors of poses about those that are known roughly, in a family of maps; the consensus.
 
-    prior:      its centre is where poses begin; where its turn_sd is infinite they only begin there, and states of the
-                wrong hand are looked for, unless there are several views of a particle or symmetry
+    prior:      its centre is where poses begin; where its turn_sd is infinite they only begin there
     symmetry:   (G, 3, 3) point group of every map
     components: of the family, at most
     first:      band of the first pass, cycles a box (default: as unsure as the prior is)
     start:      modes that climb, the first family being that of the best of each image (default: the prior's centre)
+    one_hand:   look for states of the wrong hand where poses only begin at the prior's centre, unless there are several
+                views of a particle, or symmetry
     kept:       file of the state after each pass, from which a killed refinement goes on; passes that are made again
                 for the hand are one with the last before them
     """
@@ -87,7 +89,7 @@ def refined_with_motion(
     stages: list[Stage] = [
         partial(_passed, em, start, band, linear, number < HELD) for number, band in enumerate(bands)
     ]
-    if not math.isfinite(prior.turn_sd) and not particles.several and len(symmetry) == 1:
+    if one_hand and not math.isfinite(prior.turn_sd) and not particles.several and len(symmetry) == 1:
         stages[:HELD] = [*stages[: HELD - 1], partial(_in_one_hand, em, bands[:HELD], linear)]
     stages += [partial(_passed, em, start, bands[-1], _Curved(components), False)] * CURVED_PASSES
     return through(em, [*stages, *refocusing(em, stages[-1])], kept)

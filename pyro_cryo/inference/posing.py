@@ -77,8 +77,9 @@ def find_poses(
     found = ab_initio(particles, symmetry, shift_sd=prior.shift_sd, maps=maps, finest=finest, kept=kept, **how)
     if not model.zdim:
         return found
+    begun: dict[str, Any] = {"start": found.modes, "one_hand": not classes}  # each class has a hand of its own
     moving = _beside(kept, "moving")
-    return decoded(refined_with_motion(particles, prior, symmetry, first=MOVING, start=found.modes, kept=moving, **how))
+    return decoded(refined_with_motion(particles, prior, symmetry, first=MOVING, kept=moving, **begun, **how))
 
 
 def _beside(kept: Path | None, name: str) -> Path | None:

@@ -221,5 +221,6 @@ def test_a_saved_family_is_drawn_at_particles_and_at_z(toy: Path, tmp_path: Path
     at = torch.stack(list(volume_draws(run, 4, z=z)))
     torch.testing.assert_close(torch.stack(list(volume_draws(run, 4, z=z[None]))), at[:, None])
     own = run.volume(z)
-    assert float((at.mean(0) - own).norm() / own.norm()) < 0.15
+    other = run.volume(run.latent.z[np.linalg.norm(run.latent.z - z, axis=1).argmax()])
+    assert float((at.mean(0) - own).norm()) < 0.3 * float((at.mean(0) - other).norm())
     assert float((at.mean(0) - own).square().sum() / at.var(0).sum()) < 2.5  # a mode of a few passes is not the mean
