@@ -90,7 +90,7 @@ def matched(
     mean, covariance = weighted_moments(points, log_share.softmax(0))
     covariance = own.factor @ covariance @ own.factor.mT
     precision = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance.double())[0]).to(covariance.dtype)
-    result = PoseModes(*(value.clone() for value in modes.tensors))
+    result = modes.copy()
     new = moved(own.rotation, own.translation, (own.factor @ mean[..., None])[..., 0])
     result.rotation[image, mode], result.translation[image, mode] = new
     result.precision[image, mode] = precision

@@ -86,12 +86,14 @@ def refined_with_motion(
     bands = [first, *march(first, particles.box / 2 - 1)]
     linear = _Linear(components)
     start = PoseModes.single(prior.rotation, prior.translation) if start is None else start.copy()
-    stages: list[Stage] = [
-        partial(_passed, em, start, band, linear, number < HELD) for number, band in enumerate(bands)
-    ]
+
+    def passed(band: float, solve: Callable[[FamilySolver, int], Family], eckart: bool) -> Stage:
+        return lambda reached: _pass(em, start, band, solve, eckart, reached).reached
+
+    stages = [passed(band, linear, number < HELD) for number, band in enumerate(bands)]
     if one_hand and not math.isfinite(prior.turn_sd) and not particles.several and len(symmetry) == 1:
         stages[:HELD] = [*stages[: HELD - 1], partial(_in_one_hand, em, bands[:HELD], linear)]
-    stages += [partial(_passed, em, start, bands[-1], _Curved(components), False)] * CURVED_PASSES
+    stages += [passed(bands[-1], _Curved(components), False)] * CURVED_PASSES
     return through(em, [*stages, *refocusing(em, stages[-1])], kept)
 
 
@@ -124,18 +126,6 @@ class _Pass:
     seen: Seen
 
 
-def _passed(
-    em: PoseEM,
-    start: PoseModes,
-    band: float,
-    solve: Callable[[FamilySolver, int], Family],
-    eckart: bool,
-    reached: Reached | None,
-) -> Reached:
-    """The family of the poses as they are; all images climb in it."""
-    return _pass(em, start, band, solve, eckart, reached).reached
-
-
 def _pass(
     em: PoseEM,
     start: PoseModes,
@@ -144,6 +134,7 @@ def _pass(
     eckart: bool,
     reached: Reached | None,
 ) -> _Pass:
+    """The family of the poses as they are; all images climb in it."""
     modes = start if reached is None else reached.modes
     whole, box = em.particles.box, box_of(band, em.particles.box)
     poses = modes.best if reached is None else modes.drawn(em.generator, em.particles)
