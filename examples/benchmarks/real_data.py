@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from pyro_cryo.analysis.fsc import fsc, masked_fsc, resolution_angstrom
-from pyro_cryo.analysis.maps import flip_hand
 from pyro_cryo.analysis.report import analyze
 from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.models.homogeneous import Homogeneous
+from pyro_cryo.physics.fourier import flip_hand
 
 
 def main() -> None:

@@ -70,15 +70,6 @@ def fsc_weight(volume: Tensor, curve: Tensor) -> Tensor:
     return _filter(volume, cref[shell])
 
 
-def flip_hand(volume: Tensor) -> Tensor:
-    """Mirror (*batch, D, D, D) in z about the centre voxel: the other hand.
-
-    The centre D // 2 stays in place, which takes a roll by one after the flip of an even box. A pose R of the old map
-    is M R M of the new one, with M = diag(1, 1, -1).
-    """
-    return volume.flip(-3).roll(1, -3)
-
-
 def contour_level(volumes: Tensor, volume_fraction: float = 0.03) -> float:
     """One contour level for a series of maps (*batch, D, D, D).
 

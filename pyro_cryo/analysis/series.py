@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyro_cryo.analysis.fsc import masked_fsc, resolution_angstrom
 from pyro_cryo.analysis.latent import density_peaks, kmeans, nearest, principal_path
-from pyro_cryo.analysis.maps import contour_level, flip_hand, guinier_bfactor, low_pass, sharpen, write_chimerax
+from pyro_cryo.analysis.maps import contour_level, guinier_bfactor, low_pass, sharpen, write_chimerax
 from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_arrays
+from pyro_cryo.physics.fourier import flip_hand
 from pyro_cryo.progress import Progress, quiet
 
 VOLUMES = "volumes.npz"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.physics import rotation_grid
-from pyro_cryo.physics.fourier import shift_phase
+from pyro_cryo.physics.fourier import flip_hand, shift_phase
 from pyro_cryo.physics.rotations import exp
 from pyro_cryo.physics.slices import fourier_grid, read_grid
 
@@ -57,7 +57,7 @@ def to_one_hand(maps: Tensor, share: Tensor) -> list[Placement]:
     agreed elsewhere, it is turned by little. One of the other hand may be anywhere.
     """
     kmax, most = min(FINE, maps.shape[-1] / 2 - 1), int(share.argmax())
-    grids = [(fourier_grid(one), fourier_grid(mirrored(one))) for one in maps]
+    grids = [(fourier_grid(one), fourier_grid(flip_hand(one))) for one in maps]
     here = torch.eye(3, device=maps.device)
     placed = {most: Placement(here, torch.zeros_like(here[0]), False, 1.0)}
     begun = _Reference.of(grids[most][0], min(COARSE, kmax))
@@ -75,11 +75,6 @@ def to_one_hand(maps: Tensor, share: Tensor) -> list[Placement]:
             placed[number] = still if same else other
             about[number] = [one.rotation[None] for one in (still, elsewhere, other)]
     return [placed[number] for number in range(len(maps))]
-
-
-def mirrored(volume: Tensor) -> Tensor:
-    """A map (b, b, b) at (x, y, -z)."""
-    return volume.flip(0).roll(1, 0)
 
 
 @dataclass(frozen=True)

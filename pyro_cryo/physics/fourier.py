@@ -171,6 +171,15 @@ def shift_phase(k: Tensor, translation_px: Tensor, box: int) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
+def flip_hand(volume: Tensor) -> Tensor:
+    """Mirror (*batch, D, D, D) in z about the centre voxel: the other hand.
+
+    The centre D // 2 stays in place, which takes a roll by one after the flip of an even box. A pose R of the old map
+    is M R M of the new one, with M = diag(1, 1, -1).
+    """
+    return volume.flip(-3).roll(1, -3)
+
+
 def displacement_px(volume: Tensor, reference: Tensor) -> Tensor:
     """How far a map lies from another, both (D, D, D) z-y-x: (3,) voxels along x, y, z, at most D / 2 each.
 

@@ -9,7 +9,6 @@ import torch
 from pyro_cryo.analysis.fsc import fsc, shell_sum
 from pyro_cryo.analysis.maps import (
     contour_level,
-    flip_hand,
     fsc_weight,
     guinier_bfactor,
     low_pass,
@@ -17,7 +16,7 @@ from pyro_cryo.analysis.maps import (
     write_chimerax,
 )
 from pyro_cryo.data.simulate import hinge
-from pyro_cryo.physics.fourier import half_radius
+from pyro_cryo.physics.fourier import flip_hand, half_radius
 from pyro_cryo.physics.rotations import random_rotations
 
 BOX, APIX = 64, 1.25

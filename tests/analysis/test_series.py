@@ -12,7 +12,7 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pyro_cryo.analysis.latent import pca, principal_path
-from pyro_cryo.analysis.maps import flip_hand, low_pass, sharpen
+from pyro_cryo.analysis.maps import low_pass, sharpen
 from pyro_cryo.analysis.series import (
     along_component,
     at_clusters,
@@ -25,6 +25,7 @@ from pyro_cryo.analysis.series import (
 )
 from pyro_cryo.data.mrc_map import read_map, write_map
 from pyro_cryo.inference.run import Latent, Run
+from pyro_cryo.physics.fourier import flip_hand
 
 
 @pytest.fixture(scope="module")

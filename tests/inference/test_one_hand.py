@@ -15,7 +15,8 @@ from pyro_cryo.data.blobs import Complex, hinge
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference import moving
 from pyro_cryo.inference.moving import refined_with_motion
-from pyro_cryo.inference.one_hand import Placement, mirrored, to_one_hand
+from pyro_cryo.inference.one_hand import Placement, to_one_hand
+from pyro_cryo.physics.fourier import flip_hand
 from pyro_cryo.physics.rotations import align_poses, angle_deg, exp, random_rotations
 
 BOX, APIX = 32, 9.0
@@ -51,10 +52,10 @@ def test_a_placement_says_what_it_does_to_maps_and_to_poses(placement: Placement
     assert float((seen - placed).abs().max() / seen.max()) < 1e-4
 
 
-def test_mirrored_is_the_map_of_mirrored_atoms() -> None:
+def test_a_flipped_hand_is_the_map_of_mirrored_atoms() -> None:
     whole = hinge(1)
     other = moved(whole, Placement(torch.eye(3), torch.zeros(3), True, 1.0))
-    away = mirrored(whole.volume(0, BOX, APIX)) - other.volume(0, BOX, APIX)
+    away = flip_hand(whole.volume(0, BOX, APIX)) - other.volume(0, BOX, APIX)
     assert float(away[1:].abs().max()) < 1e-5 * float(other.volume(0, BOX, APIX).max())
 
 
