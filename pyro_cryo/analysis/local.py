@@ -32,7 +32,7 @@ from pyro_cryo.guides.coefficients import Projected
 from pyro_cryo.inference.family import FLOOR, motion_envelope
 from pyro_cryo.inference.reconstruct import Halves, half_sets, left_of
 from pyro_cryo.inference.run import Latent, Run
-from pyro_cryo.physics.slices import fourier_grid
+from pyro_cryo.physics.slices import channel_grid, fourier_grid
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, settled
 from pyro_cryo.volumes.mask import density_envelope, find_mask
@@ -222,7 +222,7 @@ class _Local:
         """
         some = (weight > LEAST_WEIGHT).nonzero().flatten()
         rows = self.run.particles.images_of(some.cpu())
-        own, other = fourier_grid(volume), [fourier_grid(half) for half in reversed(halves)]
+        own, other = fourier_grid(volume), [channel_grid(half) for half in reversed(halves)]
         parts = []
         for batch in self.run.particles[rows].batches(self.batch_size, device=self.run.device):
             beyond, first = residual(self.known(batch), own), self.first[rows.to(batch.index.device)[batch.index]]
@@ -246,9 +246,9 @@ def correction(equations: NormalEquations, scale: Tensor, order: int = 1) -> Ten
 
 
 def added(beyond: Batch, grid: Tensor, sigma: Tensor) -> Tensor:
-    """Log likelihood of images (B,) of H maps, grid (n, n, n / 2 + 1, H), less that of none, by shell: (B, H, L)."""
+    """Log likelihood of images (B,) of H maps, their `channel_grid`, less that of none, by shell: (B, H, L)."""
     seen = Projected.of(beyond, grid, sigma)
-    gain = (seen.slices.conj() * seen.image[..., None]).real - 0.5 * seen.slices.abs().square()
+    gain = (seen.slices * (seen.image[..., None] - 0.5 * seen.slices)).unflatten(1, (-1, 2)).sum(2)
     total = gain.new_zeros(beyond.half.shells, len(beyond), grid.shape[-1])
     return total.index_add_(0, beyond.half.shell, gain.transpose(0, 1)).movedim(0, -1)
 

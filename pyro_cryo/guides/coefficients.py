@@ -34,25 +34,25 @@ from pyro_cryo.volumes.conjugate import noise_sd
 from pyro_cryo.volumes.sized import Sized
 
 NODES = 7  # of the quadrature over the contrast
-POINTS = 1 << 15  # coefficients a batch on a CPU: what is read and written for them stays in its cache
+POINTS = 1 << 15  # coefficients a batch for each thread of a CPU: what is read and written for them stays in its cache
 POINTS_GPU = 1 << 21
 LEAST_CONTRAST_SD = 1e-3
 
 
 def images_at_once(count: int, device: torch.device) -> int:
     """How many images of `count` coefficients are best projected together."""
-    return max(1, (POINTS if device.type == "cpu" else POINTS_GPU) // count)
+    return max(1, (POINTS * torch.get_num_threads() if device.type == "cpu" else POINTS_GPU) // count)
 
 
 @dataclass(frozen=True)
 class Projected:
-    """Whitened images and the slices of a basis at their poses.
+    """Whitened images and the slices of a basis at their poses, real and imaginary part of each coefficient in turn.
 
-    points: where the slices lie on the grid
-    image:  (B, P) complex, shift undone, over sigma
+    points: where the slices lie on the grid; both are conjugated where that has it so, which no product of them shows
+    image:  (B, 2 P), shift undone, over sigma
     empty:  (B,) log density of the images if there were nothing in them, without the 2 pi
     factor: (B, P) the CTF over sigma
-    slices: (B, P, C) complex, times `factor`
+    slices: (B, 2 P, C), times `factor`
     """
 
     points: GridPoints
@@ -63,7 +63,7 @@ class Projected:
 
     @staticmethod
     def of(batch: Batch, grid: Tensor, sigma: Tensor, scale: float = 1.0) -> Projected:
-        """Images beside a grid (n, n, n / 2 + 1, C) of maps times `scale`; sigma (noise groups, shells)."""
+        """Images beside the `channel_grid` of C maps times `scale`; sigma (noise groups, shells)."""
         sd = noise_sd(batch, sigma)
         shift = shift_phase(batch.half.k, batch.translation, batch.half.box)
         image = torch.view_as_complex(batch.image) * shift.conj() / sd
@@ -71,15 +71,22 @@ class Projected:
         empty = -0.5 * torch.view_as_real(image).square().sum((1, 2)) - 2 * sd.log().sum(1)
         coordinates = slice_coordinates(batch.rotation, batch.half.k, batch.freq_scale)
         points = GridPoints.of(coordinates, grid.shape[0])
-        slices = points.read(grid).unflatten(0, factor.shape) * (scale * factor)[..., None]
-        return Projected(points, image, empty, factor, slices)
+        slices = points.columns(grid, (scale * factor).flatten())
+        image = torch.view_as_real(points.as_on_grid(image.flatten())).view(len(batch), -1)
+        return Projected(points, image, empty, factor, slices.view(*image.shape, -1))
 
     def equivalents(self, batch: Batch, symmetry: Tensor, n: int) -> Iterator[GridPoints]:
-        """The points of each view of the images that a point group (G, 3, 3) makes equivalent to their own."""
-        yield self.points
+        """The points of each view of the images that a point group (G, 3, 3) makes equivalent to their own.
+
+        `mirrored` are those where one of the two is, for values that stand as `image` and `slices` do.
+        """
+        mirrored = self.points.mirrored
+        assert mirrored is not None
+        yield replace(self.points, mirrored=None)
         for element in symmetry[1:]:
             coordinates = slice_coordinates(batch.rotation @ element, batch.half.k, batch.freq_scale)
-            yield GridPoints.of(coordinates, n)
+            points = GridPoints.of(coordinates, n)
+            yield replace(points, mirrored=points.mirrored ^ mirrored)
 
     def seen(self) -> Seen:
         """What the images say about the coefficients."""
@@ -96,10 +103,8 @@ class Seen(Rows):
 
     @staticmethod
     def beside(slices: Tensor, image: Tensor, empty: Tensor) -> Seen:
-        """What images (B, P) say beside slices (B, P, C), both whitened."""
-        columns = torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
-        values = torch.view_as_real(image).flatten(1)
-        return Seen(columns.mT @ columns, (columns.mT @ values[..., None])[..., 0], empty)
+        """What images (B, 2 P) say beside slices (B, 2 P, C), both whitened."""
+        return Seen(slices.mT @ slices, (slices.mT @ image[..., None])[..., 0], empty)
 
     def by_particle(self, batch: Batch) -> Seen:
         """What all images (B,) of each particle say together of its coefficients, which they share: (n,)."""

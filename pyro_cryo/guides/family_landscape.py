@@ -55,7 +55,9 @@ class FamilyLikelihood:
         read = points.read(self.slopes).unflatten(0, factor.shape).unflatten(-1, (4, -1))
         read = read * (self.scale * factor)[..., None, None]
         slices = read[..., 0, :]
-        seen = Seen.beside(slices, image, torch.zeros_like(factor[:, 0])).by_particle(batch)
+        parts = torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
+        seen = Seen.beside(parts, torch.view_as_real(image).flatten(1), torch.zeros_like(factor[:, 0]))
+        seen = seen.by_particle(batch)
         moments = self.coefficients.moments(seen)
         y, yy, gram = (batch.of_images(value) for value in (moments.y, moments.yy, seen.gram))
         weight = y.to(read.dtype)
@@ -73,7 +75,7 @@ class FamilyLikelihood:
         gained = [(read[..., a, :].conj() * left).sum(-1) for a in range(4)]
         by_axis = torch.stack([(voxel.conjugate() * gain).real for gain in gained[1:]], -1)
         gradient = by_pose(by_axis, (wave.conjugate() * gained[0]).real).sum(-1)
-        cross = columns @ torch.view_as_real(slices).transpose(-1, -2).flatten(1, 2)
+        cross = columns @ parts
         information = columns @ columns.mT - _explained(cross, yy - y[:, :, None] * y[:, None], gram)
         return Landscape(moments.evidence, gradient, information)
 

@@ -31,14 +31,17 @@ def normal_rule(count: int, dim: int, seed: int, device: torch.device) -> tuple[
 
 
 def weighted_moments(points: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (*batch, d) and covariances (*batch, d, d) of points (S, d) with weights (S, *batch), which add up to 1.
+    """Means (*batch, d) and covariances (*batch, d, d) of points with weights (S, *batch), which add up to 1.
+
+    points: (S, d) or (S, *batch, d)
 
     The fewer points have the weight, the more counts what is said without them: mean 0, covariance 1.
     """
     count = 1 / share.square().sum(0)
     trust = (count / (count + TRUSTED))[..., None]
-    mean = trust * torch.einsum("s...,si->...i", share, points)
-    apart = points.view(len(points), *[1] * (share.ndim - 1), -1) - mean
+    points = points.view(len(points), *[1] * (share.ndim + 1 - points.ndim), *points.shape[1:])
+    mean = trust * torch.einsum("s...,s...i->...i", share, points)
+    apart = points - mean
     spread = torch.einsum("s...,s...i,s...j->...ij", share, apart, apart)
-    unit = torch.eye(points.shape[1], device=points.device)
+    unit = torch.eye(points.shape[-1], device=points.device)
     return mean, trust[..., None] * spread + (1 - trust[..., None]) * unit

@@ -25,7 +25,7 @@ from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, Moments, Projected, Seen, images_at_once
 from pyro_cryo.inference.reconstruct import add_shells, noise_floor
-from pyro_cryo.physics.slices import fourier_grid, fourier_grid_adjoint
+from pyro_cryo.physics.slices import channel_grid, fourier_grid_adjoint
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, first_tau, mackay_tau, noise_sd
 from pyro_cryo.volumes.joint import JointPosterior
@@ -144,8 +144,8 @@ class EM:
             self._ticks.close()
 
     def _expect(self, taken: Callable[[Seen], Moments]) -> tuple[Tensor, Moments, Tensor]:
-        maps, grid = self.maps, fourier_grid(self.maps.values)
-        score = torch.zeros(grid.shape[-1], *grid.shape[:3], dtype=grid.dtype, device=self.device)
+        maps, grid = self.maps, channel_grid(self.maps.values)
+        score = torch.zeros(grid.shape[-1], *grid.shape[:3], dtype=torch.complex64, device=self.device)
         weight = torch.zeros(1, *grid.shape[:3], device=self.device)
         variance = self._variance()
         total: Moments | None = None
@@ -159,16 +159,17 @@ class EM:
             said = seen.seen().by_particle(batch)
             moments = taken(said)
             y, yy = batch.of_images(moments.y), batch.of_images(moments.yy)
-            explained = seen.slices @ yy.to(seen.slices.dtype)
-            residual = y[:, None] * seen.image[..., None] - explained
-            value = (residual * (seen.factor / len(self.symmetry))[..., None]).flatten(0, 1).T.contiguous()
+            explained = seen.slices @ yy
+            residual = (y[:, None] * seen.image[..., None] - explained).unflatten(1, (-1, 2))
+            value = residual * (seen.factor / len(self.symmetry))[..., None, None]
+            value = torch.view_as_complex(value.flatten(0, 1).permute(2, 0, 1).contiguous())
             share = (seen.factor.square() / len(self.symmetry)).flatten()[None]
             for points in seen.equivalents(batch, self.symmetry, grid.shape[0]):
                 points.add(score, value)
                 points.add(weight, share)
-            fitted = (seen.slices * y[:, None]).sum(-1)
-            left = seen.image.abs().square() - 2 * (seen.image.conj() * fitted).real
-            left = left + (seen.slices.conj() * explained).real.sum(-1)
+            fitted = (seen.slices @ y[..., None])[..., 0]
+            left = seen.image * (seen.image - 2 * fitted) + (seen.slices * explained).sum(-1)
+            left = left.unflatten(1, (-1, 2)).sum(-1)
             spread = torch.diagonal(yy, dim1=1, dim2=2) @ variance
             left = left + seen.factor.square() * spread[:, batch.half.shell]
             bare = replace(batch, noise_scale=None)  # what a premultiplied stack scales its noise by is divided out
@@ -203,7 +204,7 @@ class EM:
 
     def evidence(self, particles: Particles, ranks: Sequence[int]) -> Tensor:
         """log p of each particle with only the first r maps beside the mean, for each r of `ranks`: (ranks, n)."""
-        grid, each = fourier_grid(self.maps.values), []
+        grid, each = channel_grid(self.maps.values), []
         for batch in particles.batches(self.batch_size, device=self.device):
             seen = Projected.of(batch, grid, self.maps.sigma).seen().by_particle(batch)
             each.append(torch.stack([self.coefficients.first(r).moments(seen.first(r)).evidence for r in ranks]))

@@ -28,7 +28,7 @@ from pyro_cryo.guides.points import ClassesCoefficients, CurvedCoefficients, Poi
 from pyro_cryo.inference.em import EM, Maps
 from pyro_cryo.inference.reconstruct import Reconstruction, band_limit
 from pyro_cryo.physics.fourier import resize
-from pyro_cryo.physics.slices import fourier_grid
+from pyro_cryo.physics.slices import channel_grid
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.prior import MapPrior
 
@@ -158,7 +158,7 @@ class FamilySolver:
     def seen(self, images: Particles, family: Family) -> Seen:
         """What images say of a family's coefficients, by particle (n,)."""
         box = family.maps.shape[-1]
-        grid, sigma, small = fourier_grid(family.maps), self._sigma(family, box), replace(images, box=box)
+        grid, sigma, small = channel_grid(family.maps), self._sigma(family, box), replace(images, box=box)
         batches = small.batches(images_at_once(len(small.half), grid.device), device=grid.device)
         return Seen.of(Projected.of(batch, grid, sigma).seen().by_particle(batch) for batch in batches)
 

@@ -25,7 +25,7 @@ from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Mome
 from pyro_cryo.inference.em import EM, Maps
 from pyro_cryo.inference.family import with_band
 from pyro_cryo.physics.fourier import HalfPlane
-from pyro_cryo.physics.slices import fourier_grid
+from pyro_cryo.physics.slices import channel_grid
 from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import NormalEquations, VoxelPosterior, component_sd, noise_sd
 from pyro_cryo.volumes.prior import MapPrior
@@ -55,7 +55,7 @@ class StillDraw:
 
     @cached_property
     def _grid(self) -> Tensor:
-        return fourier_grid(self.volume[None])
+        return channel_grid(self.volume[None])
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class FamilyDraw:
 
     @cached_property
     def _grid(self) -> Tensor:
-        return fourier_grid(self.maps)
+        return channel_grid(self.maps)
 
     @cached_property
     def _beyond(self) -> Tensor:
         assert self.consensus is not None
-        return fourier_grid(self.consensus[None])
+        return channel_grid(self.consensus[None])
 
 
 def _measure(batch: Batch, sigma: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from pyro_cryo.inference.refine import STEPS, first_band
 from pyro_cryo.inference.stages import Posed, Reached, Stage, through
 from pyro_cryo.physics.fourier import HalfPlane, resize
 from pyro_cryo.physics.rotations import exp
-from pyro_cryo.physics.slices import fourier_grid, slope_grid
+from pyro_cryo.physics.slices import channel_grid, slope_grid
 from pyro_cryo.progress import Progress, quiet
 
 COMPONENTS = 8
@@ -144,7 +144,7 @@ def _pass(
     family = solve(solver, motion_side(found))
     likelihood = likelihood_in(family, found.volume, eckart)
     everyone, evidence, parts = torch.arange(len(em.particles)), torch.zeros((), device=em.device), []
-    grid, scale, low = fourier_grid(family.maps), box / family.maps.shape[-1], likelihood.count
+    grid, scale, low = channel_grid(family.maps), box / family.maps.shape[-1], likelihood.count
     for batch, mine, gain in em.climbing(everyone, modes, likelihood, box, band, STEPS):
         evidence += gain.sum()
         posed = em.posed(batch, *mine.best).band(min(low, len(batch.half)))

@@ -17,6 +17,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.pixels import window_power
 from pyro_cryo.inference.draws import drawn, picked, predicted
 from pyro_cryo.inference.importance import LEAST
+from pyro_cryo.inference.pose_matching import with_matched_poses
 from pyro_cryo.physics.rotations import log
 from pyro_cryo.progress import Progress, quiet
 
@@ -166,6 +167,8 @@ def _variable(name: str, value: Tensor, count: int, once: bool) -> tuple[list[st
 def _of_batch(
     run: Run, batch: Batch, draws: int, weighed: int, corrected: bool, predictive: int, generator: torch.Generator
 ) -> Tables:
+    if corrected and run.poses is not None:
+        run = with_matched_poses(run, batch)
     found = drawn(run, batch, draws, weighed)
     kept = picked(found, batch, draws, generator) if corrected else found
     sites, log_weight = dict(kept.sites), kept.log_weight.cpu()

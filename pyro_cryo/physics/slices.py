@@ -33,11 +33,21 @@ def slice_coordinates(rotation: Tensor, k: Tensor, scale: Tensor | None = None) 
 
 def fourier_grid(volume: Tensor, oversample: int = 2) -> Tensor:
     """The oversampled grid of real volumes: (D, D, D) -> (n, n, n / 2 + 1) or (C, D, D, D) -> (n, n, n / 2 + 1, C)."""
+    grid = _grids(volume, oversample)
+    return grid if volume.dim() == 3 else grid.movedim(0, -1).contiguous()
+
+
+def channel_grid(volumes: Tensor, oversample: int = 2) -> Tensor:
+    """The same of C volumes, the real parts of all beside each other: (C, D, D, D) -> (n, n, n / 2 + 1, 2, C) real."""
+    return torch.view_as_real(_grids(volumes, oversample)).movedim(0, -1).contiguous()
+
+
+def _grids(volume: Tensor, oversample: int) -> Tensor:
+    """(*batch, D, D, D) -> (*batch, n, n, n / 2 + 1)."""
     box = volume.shape[-1]
     n = oversample * box
     corrected = volume / gridding_sinc(box, n, volume.device)
-    grid = torch.fft.rfftn(_pad_at_origin(corrected, n), dim=(-3, -2, -1)) / box
-    return grid if volume.dim() == 3 else grid.movedim(0, -1).contiguous()
+    return torch.fft.rfftn(_pad_at_origin(corrected, n), dim=(-3, -2, -1)) / box
 
 
 def slope_grid(volume: Tensor, oversample: int = 2) -> Tensor:
@@ -105,12 +115,12 @@ class GridPoints:
     """Where M points lie on a grid, worked out once for many maps: the basis of a family.
 
     cell, weight: (M, 8) the grid points about each point
-    mirrored:     (M,) which points are read at -k and conjugated
+    mirrored:     (M,) which points are read at -k and conjugated; None where none is
     """
 
     cell: Tensor
     weight: Tensor
-    mirrored: Tensor
+    mirrored: Tensor | None
 
     @staticmethod
     def of(coordinates: Tensor, n: int, oversample: int = 2) -> GridPoints:
@@ -128,16 +138,32 @@ class GridPoints:
 
     def read(self, grid: Tensor) -> Tensor:
         """`read_grid` of channels, a grid (n, n, n / 2 + 1, C): complex (M, C)."""
-        rows = torch.view_as_real(grid).flatten(0, 2).flatten(1)
-        # A weighted sum of rows is what an embedding bag is, and its kernel is several times faster than gathers.
-        value = torch.nn.functional.embedding_bag(self.cell, rows, per_sample_weights=self.weight, mode="sum")
-        values = torch.view_as_complex(value.unflatten(-1, (-1, 2)))
-        return torch.where(self.mirrored[:, None], values.conj(), values)
+        values = torch.view_as_complex(self._sums(torch.view_as_real(grid), self.weight))
+        return values if self.mirrored is None else torch.where(self.mirrored[:, None], values.conj(), values)
+
+    def columns(self, grid: Tensor, factor: Tensor | None = None) -> Tensor:
+        """A `channel_grid` of C maps at the points, times a factor (M,): real parts, imaginary parts (M, 2, C).
+
+        As they stand on the grid: `mirrored` ones are the conjugates of what is at the points. Products with values
+        that are conjugated there too (`as_on_grid`) are the same.
+        """
+        return self._sums(grid, self.weight if factor is None else self.weight * factor[:, None])
+
+    def as_on_grid(self, values: Tensor) -> Tensor:
+        """Complex values (M,) at the points, conjugated where these are mirrored; and back."""
+        return values if self.mirrored is None else torch.where(self.mirrored, values.conj(), values)
+
+    def _sums(self, grid: Tensor, weight: Tensor) -> Tensor:
+        """Weighted sums over each point's cells of a real grid (n, n, n / 2 + 1, *event): (M, *event)."""
+        # That is what an embedding bag is, and its kernel is several times faster than gathers.
+        rows = grid.flatten(0, 2)
+        sums = torch.nn.functional.embedding_bag(self.cell, rows.flatten(1), per_sample_weights=weight, mode="sum")
+        return sums.unflatten(1, rows.shape[1:])
 
     def add(self, grids: Tensor, values: Tensor) -> None:
         """`add_to_grid` of complex or real values (C, M) to grids (C, n, n, n / 2 + 1), in place."""
         if values.is_complex():
-            values = torch.where(self.mirrored, values.conj(), values)
+            values = self.as_on_grid(values)
         flat, cells = grids.flatten(1), self._cells
 
         def one(channel: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.physics.fourier import HalfPlane, resize
-from pyro_cryo.physics.slices import GridPoints, fourier_grid
+from pyro_cryo.physics.slices import GridPoints, channel_grid
 from pyro_cryo.volumes.sized import Sized
 
 
@@ -39,23 +39,21 @@ class VoxelBasis(Sized):
         """How many coefficients of the half-plane of D the maps reach: a prefix."""
         return int(HalfPlane.of(self.box).count(self.side / 2 - 1e-3))
 
-    def slices(self, k: Tensor) -> Tensor:
-        """The transforms of all maps at points (*batch, P, 3), on the scale of the images: (*batch, P, C, 2)."""
-        grid = self.grid()
-        values = GridPoints.of(k, grid.shape[0]).read(grid) * (self.box / self.side)
-        return torch.view_as_real(values).unflatten(0, k.shape[:-1])
-
     def forward(self, k: Tensor, coefficients: Tensor) -> Tensor:
-        """The transform of the combinations (*batch, C) at points (*batch, P, 3): (*batch, P, 2)."""
-        return torch.einsum("...pcr,...c->...pr", self.slices(k), coefficients)
+        """The transform of the combinations (*batch, C) at points (*batch, P, 3): (*batch, P, 2), as of the images."""
+        grid = self.grid()
+        points = GridPoints.of(k, grid.shape[0])
+        slices = points.columns(grid).view(*k.shape[:-2], -1, grid.shape[-1])
+        combined = (slices @ (self.box / self.side * coefficients)[..., None]).view(-1, 2)
+        return torch.view_as_real(points.as_on_grid(torch.view_as_complex(combined))).view(*k.shape[:-1], 2)
 
     def map(self, coefficients: Tensor) -> Tensor:
         """Maps (*batch, C) -> (*batch, D, D, D)."""
         return resize(torch.einsum("...c,czyx->...zyx", coefficients, self.components), self.box)
 
     def grid(self) -> Tensor:
-        """The Fourier grid of the maps as they are now: (2b, 2b, b + 1, C)."""
+        """The Fourier grid of the maps as they are now: (2b, 2b, b + 1, 2, C)."""
         made = self._grid
         if made is None or made[0] is not self.components or made[1] != self.components._version:
-            made = self._grid = (self.components, self.components._version, fourier_grid(self.components))
+            made = self._grid = (self.components, self.components._version, channel_grid(self.components))
         return made[2]

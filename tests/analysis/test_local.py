@@ -33,7 +33,7 @@ from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Latent, Run
 from pyro_cryo.model import form_image, noise_of
 from pyro_cryo.models.linear_subspace import LinearSubspace
-from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
+from pyro_cryo.physics.slices import channel_grid, fourier_grid, read_grid, slice_coordinates
 from pyro_cryo.volumes.conjugate import NormalEquations
 
 BOX = 24
@@ -138,7 +138,7 @@ def test_the_gain_is_the_difference_of_log_likelihoods(blind: Run) -> None:
         image = form_image(torch.view_as_real(read_grid(fourier_grid(volume), points)), batch.translation, batch)
         return torch.distributions.Normal(image, noise_of(batch, sigma)).log_prob(batch.image).sum(-1)
 
-    gain = added(residual(batch, fourier_grid(own)), fourier_grid(other[None]), sigma)
+    gain = added(residual(batch, fourier_grid(own)), channel_grid(other[None]), sigma)
     difference = log_likelihood(own + other) - log_likelihood(own)
     expected = torch.zeros(6, BOX // 2 + 1).index_add_(1, batch.half.shell, difference)
     torch.testing.assert_close(gain[:, 0], expected, atol=2e-3, rtol=1e-3)

@@ -19,7 +19,7 @@ from pyro_cryo.inference.family import Family, FamilySolver, _scale_on, with_ban
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
 from pyro_cryo.physics.fourier import resize, volume_to_fourier
 from pyro_cryo.physics.rotations import point_group
-from pyro_cryo.physics.slices import fourier_grid
+from pyro_cryo.physics.slices import channel_grid
 
 BOX = 24
 C1 = torch.eye(3)[None]
@@ -42,7 +42,7 @@ def moments(particles: Particles, family: Family) -> Moments:
     box = family.maps.shape[-1]
     sigma = family.sigma[:, : box // 2 + 1] * (box / particles.box)
     batch = next(iter(replace(particles, box=box).batches(len(particles))))
-    return family.coefficients.moments(Projected.of(batch, fourier_grid(family.maps), sigma).seen())
+    return family.coefficients.moments(Projected.of(batch, channel_grid(family.maps), sigma).seen())
 
 
 def truth(particles: Particles) -> Tensor:

@@ -80,8 +80,8 @@ def test_the_story_of_the_linear_model_is_the_low_rank_gaussian(run: Run, partic
     low = batch.band(count)
     points = slice_coordinates(low.rotation, low.half.k, low.freq_scale)
     with torch.no_grad():
-        slices = model.volume.slices(points)
-        images = torch.stack([form_image(s, low.translation, low) for s in slices.unbind(-2)], -1)
+        slices = [model.volume(points, one.expand(len(low), -1)) for one in torch.eye(1 + model.zdim)]
+        images = torch.stack([form_image(s, low.translation, low) for s in slices], -1)
         sd = noise_sd(low, model.sigma)[..., None]
         low_rank = LowRankFourier(images[..., 0], images[..., 1:], sd)
         mean, covariance = low_rank.posterior(low.image)

@@ -209,6 +209,11 @@ def test_grid_points_read_and_add_like_the_functions(device: str) -> None:
     grid = fourier_grid(torch.randn(channels, box, box, box, generator=seeded())).to(device)
     where = GridPoints.of(points, grid.shape[0])
     torch.testing.assert_close(where.read(grid), read_grid(grid, points))
+    factor = torch.rand(len(points), generator=seeded(2)).to(device)
+    columns = where.columns(torch.view_as_real(grid).transpose(-1, -2).contiguous(), factor)
+    found = torch.view_as_complex(columns.transpose(1, 2).contiguous())
+    expected = read_grid(grid, points) * factor[:, None]
+    torch.testing.assert_close(torch.stack([where.as_on_grid(one) for one in found.T], -1), expected)
     values = torch.randn(channels, len(points), dtype=torch.complex64, generator=seeded(1)).to(device)
     found = torch.zeros_like(grid.movedim(-1, 0)).contiguous()
     where.add(found, values)
