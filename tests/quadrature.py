@@ -32,7 +32,7 @@ def evidence(
         reach = reach_sd * math.degrees(float(sd[:, :3].max()))
         rotation = rotation_grid.centres(_near(peaks, reach, level), level)
         shift = _shifts(modes.translation[image][there], float(sd[:, 3:].max()), reach_sd)
-        log_joint = _log_joint(one, grid, sigma, rotation, shift[0]) - 0.5 * (shift[0] / shift_sd).square().sum(1)
+        log_joint = log_likelihood(one, grid, sigma, rotation, shift[0]) - 0.5 * (shift[0] / shift_sd).square().sum(1)
         cell = math.log(shift[1] ** 2 / (2 * math.pi * shift_sd**2)) - math.log(rotation_grid.count(level))
         mass = log_joint.double().logsumexp(1) + cell
         nearest = angle_deg(rotation[:, None], peaks).argmin(1)
@@ -66,7 +66,7 @@ def _shifts(peaks: Tensor, sd: float, reach_sd: float) -> tuple[Tensor, float]:
     return centre + torch.cartesian_prod(axis, axis), step
 
 
-def _log_joint(one: Batch, grid: Tensor, sigma: float, rotation: Tensor, shift: Tensor) -> Tensor:
+def log_likelihood(one: Batch, grid: Tensor, sigma: float, rotation: Tensor, shift: Tensor) -> Tensor:
     """log p(image | pose) less that of an empty image: (C, T)."""
     half, factor = one.half, one.ctf[0] / sigma
     slices = read_grid(grid, slice_coordinates(rotation, half.k) * one.freq_scale) * factor

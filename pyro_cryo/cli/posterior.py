@@ -27,7 +27,7 @@ def add_to(commands: Any) -> None:
         default=0,
         help="of the draws get images that the model makes of them, which are large",
     )
-    add("--batch-size", type=int, default=64, help="images looked at together, which bounds the memory")
+    add("--batch-size", type=int, help="images looked at together, which bounds the memory (default: by their size)")
     add("--seed", type=int, default=0, help="of the draws")
     add("--overwrite", action="store_true", help="replace the file if it is there")
     add_device(parser)

@@ -86,7 +86,8 @@ class Projected:
         for element in symmetry[1:]:
             coordinates = slice_coordinates(batch.rotation @ element, batch.half.k, batch.freq_scale)
             points = GridPoints.of(coordinates, n)
-            yield replace(points, mirrored=points.mirrored ^ mirrored)
+            assert points.mirrored is not None
+            yield replace(points, mirrored=mirrored ^ points.mirrored)
 
     def seen(self) -> Seen:
         """What the images say about the coefficients."""

@@ -21,13 +21,29 @@ def normal_rule(count: int, dim: int, seed: int, device: torch.device) -> tuple[
 
     Scrambled Sobol points and their opposites, of a wider normal, weighted by the ratio of the two.
     """
-    half = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(count // 2, dtype=torch.float64)
-    narrow = torch.special.ndtri(half.clamp(1e-6, 1 - 1e-6))
-    points = WIDER * torch.cat([narrow, -narrow])
+    points = WIDER * _opposites(count, dim, seed)
     weight = (0.5 * (WIDER**-2 - 1) * points.square().sum(1)).softmax(0)
+    return _exact(points, weight).float().to(device), weight.float().to(device)
+
+
+@lru_cache(maxsize=64)
+def even_points(count: int, dim: int, seed: int, device: torch.device) -> Tensor:
+    """Points (count, dim) of a standard normal, all of the same weight, with its mean and covariance to rounding."""
+    points = _opposites(count, dim, seed)
+    return _exact(points, torch.full_like(points[:, 0], 1 / len(points))).float().to(device)
+
+
+def _opposites(count: int, dim: int, seed: int) -> Tensor:
+    """Scrambled Sobol points of a standard normal, each followed by its opposite: (count, dim)."""
+    half = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(count // 2, dtype=torch.float64)
+    side = torch.special.ndtri(half.clamp(1e-6, 1 - 1e-6))
+    return torch.stack([side, -side], 1).flatten(0, 1)
+
+
+def _exact(points: Tensor, weight: Tensor) -> Tensor:
+    """Points (S, d) of mean 0 under weights (S,), of covariance 1 too."""
     root = torch.linalg.cholesky(points.T @ (weight[:, None] * points))
-    points = torch.linalg.solve_triangular(root, points.T, upper=False).T
-    return points.float().to(device), weight.float().to(device)
+    return torch.linalg.solve_triangular(root, points.T, upper=False).T
 
 
 def weighted_moments(points: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

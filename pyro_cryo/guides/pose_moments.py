@@ -1,60 +1,73 @@
 """Mixtures of Gaussians with the masses, means and covariances of the posteriors of poses that they stand for.
 
 Laplace's approximation takes the curvature at the mode for that of the whole peak, and a slice between the nodes of a
-grid is not smooth. Weighted draws see the peak as wide as it is: where poses x_s drawn from q = sum_c w_c N_c have
-weights W_s, those of p(x_s, images) / q(x_s) over their sum, component c has
+grid is not smooth. Weighted draws see the peak as wide as it is: with x_s drawn from the component N_c of
+q = sum_c w_c N_c,
 
-    mass_c = sum_s W_s q(c | x_s),      moments those of the draws with weights W_s q(c | x_s) / mass_c:
+    log p(images) = log sum_c w_c mean_s p(x_s, images) / q(x_s),
 
-a step of population Monte Carlo (Cappe et al., Statistics and Computing 18 (2008) 447, eq. 9-11).
+each component's share of this sum is its mass, and its moments are those of its draws so weighted: a step of
+population Monte Carlo (Cappe et al., Statistics and Computing 18 (2008) 447, eq. 9-11). Draws are the points of
+`guides.moments`, the same for every image: a posterior that is a mixture of Gaussians apart from each other stays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.guides.moments import weighted_moments
-from pyro_cryo.guides.pose_mixture import LEAST, PoseGaussians, log_shares
-from pyro_cryo.guides.poses import PoseModes, moved
+from pyro_cryo.guides.moments import even_points, normal_rule, weighted_moments
+from pyro_cryo.guides.pose_mixture import LEAST
+from pyro_cryo.guides.poses import PoseModes, covariance_factor
 from pyro_cryo.physics.rotations import log
 
-WIDER = 1.25  # sd of what is drawn beside a Gaussian's, so that its tails are seen
-FLATTER = 0.5  # power of the weights of the components, so that light ones are
+LogRatio = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]
 
 
-def proposal(modes: PoseModes) -> PoseModes:
-    """What to draw from to see more of the posterior than modes say there is."""
-    return replace(modes, precision=modes.precision / WIDER**2, log_weight=FLATTER * modes.log_weight)
+def matched(modes: PoseModes, batch: Batch, log_ratio: LogRatio, draws: int = 128, seed: int = 0) -> PoseModes:
+    """The modes (B, K) of a batch's images after one step, from an even number of draws of each component.
 
-
-def matched(modes: PoseModes, batch: Batch, rotation: Tensor, translation: Tensor, log_weight: Tensor) -> PoseModes:
-    """The modes (B, K) of a batch's images after a step, from S weighted draws of them.
-
-    rotation:    (S, B, 3, 3) of the images
-    translation: (S, B, 2), as the batch's
-    log_weight:  (S, n) normalised, of the particles
+    log_ratio: log p(images, pose) - log q(pose) (n,) of each particle of a batch, given that, the rows (B,) of these
+               images among the modes, and poses (B, 3, 3), (B, 2), in pixels of the modes
     """
-    own = modes.log_weight.log_softmax(1).clamp_min(LEAST)
-    every = PoseGaussians.about(modes, batch.freq_scale)
-    share = log_shares(every, own, batch, rotation, translation).log_softmax(-1) + log_weight[..., None]
-    log_mass = share.logsumexp(0)
-    away = torch.cat(
-        [
-            log(rotation[:, :, None] @ every.rotation.mT),
-            translation[:, :, None] - every.translation,
-        ],
-        -1,
+    image, mode = modes.log_weight.isfinite().nonzero(as_tuple=True)
+    some = batch.copies(image, mode)
+    own = PoseModes(
+        modes.rotation[image, mode][:, None],
+        modes.translation[image, mode][:, None],
+        modes.precision[image, mode][:, None],
+        torch.zeros_like(modes.log_weight[image, :1]),
     )
-    points = torch.linalg.solve_triangular(every.factor, away[..., None], upper=False)[..., 0]
-    mean, covariance = weighted_moments(points, batch.of_images((share - log_mass).exp(), 1))
-    # In pixels of the modes.
-    factor = PoseGaussians.about(modes, torch.ones_like(batch.freq_scale)).factor
+    white, chance = _points(some, draws, seed)
+    poses = [own.placed(torch.zeros_like(one[:, 0]), one, some) for one in white]
+    log_share = chance.log()[:, None] + torch.stack([log_ratio(some, image, *pose) for pose in poses])
+    log_weight = modes.log_weight.log_softmax(1).clamp_min(LEAST)
+    log_mass = torch.full_like(log_weight, -torch.inf)
+    log_mass[image, mode] = log_weight[image, mode] + some.of_images(log_share.logsumexp(0))
+    factor = covariance_factor(own.precision[:, 0])
+    away = torch.stack([torch.cat([log(r @ own.rotation[:, 0].mT), t - own.translation[:, 0]], 1) for r, t in poses])
+    points = torch.linalg.solve_triangular(factor, away[..., None], upper=False)[..., 0]
+    mean, covariance = weighted_moments(points, some.of_images(log_share.softmax(0), 1))
     covariance = (factor @ covariance @ factor.mT).double()
-    precision = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0]).to(factor.dtype)
-    there = moved(modes.rotation, modes.translation, (factor @ mean[..., None])[..., 0])
-    mass = batch.of_images(log_mass).masked_fill(~modes.log_weight.isfinite(), -torch.inf)
-    return PoseModes(*there, precision, mass.log_softmax(1))
+    result = replace(modes.copy(), log_weight=log_mass.log_softmax(1))
+    result.rotation[image, mode], result.translation[image, mode] = own.placed(torch.zeros_like(mean[:, 0]), mean, some)
+    result.precision[image, mode] = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0]).to(factor.dtype)
+    return result
+
+
+def _points(batch: Batch, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Standard normal points (S, B, 5) and their weights (S,).
+
+    Images of a particle beyond its first have the turn of that; their shifts are points of their own.
+    """
+    points, chance = normal_rule(draws, 5, seed, batch.image.device)
+    white = points[:, None].repeat(1, len(batch), 1)
+    further = torch.ones(len(batch), dtype=torch.bool, device=points.device)
+    further[batch.first] = False
+    order = torch.rand(draws, len(batch), generator=torch.Generator().manual_seed(seed)).argsort(0).to(points.device)
+    white[:, further, 3:] = even_points(draws, 2, seed, points.device)[order[:, further]]
+    return white, chance

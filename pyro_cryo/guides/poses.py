@@ -79,16 +79,20 @@ class PoseModes(Rows):
         """
         count, device = len(self.log_weight), self.log_weight.device
         chance, white = torch.rand(count, generator=generator), torch.randn(count, 5, generator=generator)
-        chance, white = chance.to(device), white.to(device)
+        return self.placed(chance.to(device), white.to(device), images)
+
+    def placed(self, chance: Tensor, white: Tensor, images: Batch | Particles | None = None) -> tuple[Tensor, Tensor]:
+        """The poses that numbers (n,) from 0 to 1 and standard normal ones (n, 5) make draws of."""
         if images is not None and images.several:
             chance = images.of_images(chance[images.first])
         share = self.log_weight.exp().cumsum(1)
         mode = (share <= chance[:, None] * share[:, -1:]).sum(1)
-        factor = covariance_factor(self.precision[torch.arange(len(mode), device=device), mode])
+        factor = covariance_factor(self.precision[torch.arange(len(mode), device=mode.device), mode])
         if images is not None and images.several:
             turn = factor[:, :3, :3] @ white[:, :3, None]
             theirs = images.relative @ images.of_images(turn[images.first])
-            white[:, :3] = torch.linalg.solve_triangular(factor[:, :3, :3], theirs, upper=False)[..., 0]
+            own = torch.linalg.solve_triangular(factor[:, :3, :3], theirs, upper=False)[..., 0]
+            white = torch.cat([own, white[:, 3:]], 1)
         return moved(*self.at(mode), (factor @ white[..., None])[..., 0])
 
 

@@ -60,7 +60,7 @@ def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
     with torch.no_grad(), pyro.validation_enabled(False):
         traces = _traces(run, batch, draws)
         together = torch.cat if run.poses is None else torch.stack
-        latent = _latent(traces[0])
+        latent = latent_of(traces[0])
         names = [name for name, node in latent if of_particles(node) and not node["infer"].get("is_auxiliary")]
         sites = {name: together([trace.nodes[name]["value"] for trace in traces]) for name in names}
         shared = {name: node["fn"].mean for name, node in latent if not of_particles(node)}
@@ -115,7 +115,7 @@ def of_particles(node: Any) -> bool:
     return any(frame.name == "particles" for frame in node["cond_indep_stack"])
 
 
-def _latent(trace: Any) -> list[tuple[str, Any]]:
+def latent_of(trace: Any) -> list[tuple[str, Any]]:
     """The sites that a guide draws."""
     return [(name, trace.nodes[name]) for name in trace.stochastic_nodes if name != "particles"]
 

@@ -41,6 +41,7 @@ NAMES: dict[str, list[Any]] = {
 }
 UNITS = {"translation": "pixels of the model's box", "turn": "degrees", "log_weight": "nats", "log_evidence": "nats"}
 OF_PARTICLES = ("pareto_k", "log_evidence", "corrected")  # the same at every draw
+AT_ONCE = 1 << 18  # coefficients of images that are looked at together
 TREMOR = 1e-4  # nats of noise on log likelihoods that are the same at every draw, which ArviZ takes for a failure
 
 
@@ -53,7 +54,7 @@ def posterior(
     weighed: int = 50,
     corrected: bool = False,
     predictive: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: Progress = quiet,
 ) -> Any:
@@ -62,9 +63,12 @@ def posterior(
     draws:      of each particle, from the run's guide
     index:      numbers by which the particles are named; default: their places
     weighed:    so many of them are weighed beside the model, each by a look at the images: for k and log p(images)
-    corrected:  weigh all, and pick draws by their weights where k is below 0.7: then they are the exact posterior's
+    corrected:  weigh all, and pick draws by their weights where k is below 0.7: then they are the exact posterior's.
+                Of poses that were found the guide is matched to the posterior's masses and moments first
+                (`inference.pose_matching`), 400 looks at each mode of an image
     predictive: so many of them have images that the model makes of them, which are large
-    batch_size: images looked at together, which bounds what is in memory beside the result
+    batch_size: images looked at together, which bounds what is in memory beside the result (default: as many as have
+                260,000 coefficients)
 
     posterior:      z, contrast; where poses are not known rotation (volume axes to view axes), turn (rotation vector
                     from the best pose) and translation; sigma of the noise, given all else
@@ -89,6 +93,7 @@ def posterior(
     parts = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        batch_size = max(1, AT_ONCE // len(particles.half)) if batch_size is None else batch_size
         batches = run.batches(particles, batch_size)
         for batch in progress(batches, particles.n_batches(batch_size), "posterior"):
             parts.append(_of_batch(run, batch, draws, weighed, corrected, predictive, generator))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pyro
 import pytest
@@ -19,13 +21,14 @@ from pyro_cryo.guides.coefficients import LinearCoefficients
 from pyro_cryo.guides.exact import ExactGuide
 from pyro_cryo.guides.landscape import MapLikelihood, climbed
 from pyro_cryo.guides.pose_mixture import PosedGuide, PoseGaussians, PoseMixture
-from pyro_cryo.guides.pose_moments import matched
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
 from pyro_cryo.inference.elbo import ReparameterisedELBO
+from pyro_cryo.inference.pose_matching import with_matched_poses
+from pyro_cryo.inference.run import Run, guide_of
 from pyro_cryo.model import form_image, noise_of
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.rotations import exp, point_group
-from pyro_cryo.physics.slices import fourier_grid, slice_coordinates, slope_grid
+from pyro_cryo.physics.slices import slice_coordinates, slope_grid
 from pyro_cryo.pose import PoseAbout
 
 BOX, IMAGES, SIGMA, SHIFT_SD = 24, 48, 0.5, 2.0
@@ -53,9 +56,10 @@ def modes(volume: Tensor, batch: Batch) -> PoseModes:
     )
     prior = PosePrior(torch.eye(3).expand(IMAGES, 3, 3), torch.zeros(IMAGES, 2), math.inf, SHIFT_SD)
     found, _ = climbed(batch, MapLikelihood(slope_grid(volume), sigma), start, prior, px, steps=10)
-    for seed in range(3):
-        found, _ = matched(batch, fourier_grid(volume), sigma, found, prior, px, seed=seed)
-    return found
+    model = Given(volume, SIGMA, SHIFT_SD)
+    pyro.set_rng_seed(0)
+    run: Any = Run(model, Path, guide=guide_of(model, found), poses=found)
+    return with_matched_poses(run, batch).guide.poses.modes
 
 
 def elbo(model: nn.Module, guide: nn.Module, batch: Batch, copies: int) -> Tensor:

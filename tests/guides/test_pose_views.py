@@ -11,12 +11,12 @@ import torch
 from images import Given, blobs, observed, seen_together
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
+from quadrature import log_likelihood
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.guides.landscape import MapLikelihood, _Arrow, climbed
 from pyro_cryo.guides.pose_mixture import PoseMixture
-from pyro_cryo.guides.pose_moments import log_likelihood
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
 from pyro_cryo.inference.search import Level, Search
 from pyro_cryo.model import CryoModel
@@ -181,12 +181,11 @@ def test_a_search_adds_up_what_all_images_say(volume: Tensor, batch: Batch, sigm
     some = batch[few].band(HalfPlane.of(BOX).count(level.kmax))
     centre = rotation_grid.centres(search.cells, level.rotations)
     shift = shift_grid.centres(search.shifts, level.shifts, 4.0)
-    turned, px, each = (some.relative[:, None] @ centre).transpose(0, 1), torch.ones(len(some)), []
-    for displacement in shift:
-        moved_by = displacement.expand(len(centre), len(some), 2)
-        likely = log_likelihood(some, fourier_grid(volume), sigma, turned, moved_by, px)
-        each.append(likely - 0.5 * displacement.square().sum() / SHIFT_SD**2)
-    by_particle = some.by_particle(torch.stack(each).logsumexp(0).T)
+    images, turned = [some[torch.tensor([i])] for i in range(len(some))], some.relative[:, None] @ centre
+    pairs = zip(images, turned, strict=True)
+    grid = fourier_grid(volume)
+    each = [log_likelihood(one, grid, SIGMA, there, shift / one.freq_scale) for one, there in pairs]
+    by_particle = some.by_particle((torch.stack(each) - 0.5 * (shift / SHIFT_SD).square().sum(1)).logsumexp(2))
     best = by_particle.topk(8, 1)
     torch.testing.assert_close(found.log_mass[few][some.first], best.values, atol=2e-2, rtol=1e-4)
     torch.testing.assert_close(found.rotation[few][some.first, 0], centre[best.indices[:, 0]])

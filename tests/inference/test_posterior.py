@@ -172,6 +172,9 @@ def test_draws_of_poses_belong_to_the_particles_that_were_asked_for(particles: P
     spread = run.poses.spread.angle_deg[40:50].numpy()
     np.testing.assert_allclose(np.sqrt((turn**2).sum(-1).mean(0)), spread, rtol=0.5)
     assert np.isfinite(idata.sample_stats["log_evidence"]).all()
+    exact = run.posterior(particles[40:50], draws=60, corrected=True)
+    loss = [np.nanvar(one.sample_stats["log_weight"].values, 1).mean() for one in (idata, exact)]
+    assert loss[1] < loss[0]  # what is drawn from is matched to the posterior first
     loaded = Run.load(tmp_path / "run", particles=particles)
     z = loaded.encode(particles[40:50]).z
     assert np.abs(z - run.latent.z[40:50]).max() < 1.0
