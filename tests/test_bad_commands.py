@@ -54,7 +54,7 @@ RUNS: dict[str, tuple[Kind, str]] = {
             moved(d.moving, path="/gone.star"),
             ("select", d.moving, "--cluster", 0, "-o", d.folder / "kept.star"),
         )[1],
-        "/gone.star does not exist",
+        "is a fit of /gone.star, which is not there; put it back",
     ),
     "particles that have changed": (
         lambda d: (
@@ -196,7 +196,7 @@ COMPARISONS: dict[str, tuple[Kind, str]] = {
     ),
     "a run twice": (lambda d: ("compare", d.still, d.still, d.toy), "2 runs and some of them the same"),
     "no run": (lambda d: ("compare", d.still, d.star.parent, d.toy), "case is not a run: it has no run.json"),
-    "no particles": (lambda d: ("compare", d.still, d.moving), "cryodrgn"),
+    "no particles": (lambda d: ("compare", d.still, d.moving), "images were fitted; fit to a part of them"),
     "particles that were fitted": (
         lambda d: ("compare", d.still, d.moving, d.toy, "--first", 50, "--quiet"),
         "50 of 50 images were fitted by homogeneous, which favours what overfits; hold some out: fit to a part",

@@ -344,6 +344,8 @@ def test_runs_are_compared_on_particles_that_none_has_seen(
     assert command("compare", *runs, toy, "--unseen", "-o", tmp_path / "table.tsv", "--quiet") == 0
     printed = capsys.readouterr()
     assert printed.err == ""
+    assert command("compare", *runs, "--quiet") == 0  # on what the first run's file has beyond
+    assert capsys.readouterr().out == printed.out
     assert printed.out.startswith("log p of 300 particles")
     assert "moving explains the 300 particles best" in printed.out
     table = np.genfromtxt(tmp_path / "table.tsv", names=True, dtype=None, delimiter="\t", encoding="utf-8")

@@ -17,7 +17,9 @@ from pyro_cryo.data.blobs import Complex
 from pyro_cryo.data.mrc_map import read_map
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import classes, hinge, simulate
+from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
+from pyro_cryo.models.linear_subspace import LinearSubspace
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -163,3 +165,17 @@ def test_the_script_of_the_readme(toy: Path, tmp_path: Path) -> None:
         (folder / "script.py").write_text(re.sub(r"epochs=\d+", "epochs=1", script))
         run("script.py", folder=folder)
         assert (folder / "run" / "checkpoint.pt").exists()
+
+
+def test_the_questions_of_the_readme(toy: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = next(block for block in blocks if "run.posterior(" in block)
+    for large, small in (("range(200)", "range(50)"), ("300]", "50]"), ("draws=500", "draws=60")):
+        assert large in script
+        script = script.replace(large, small)
+    fit(LinearSubspace(16, zdim=1), Particles.open(toy, first=200, box=16), tmp_path / "run")
+    (tmp_path / "script.py").write_text(script)
+    good, p_value, coverage = run("script.py", folder=tmp_path).splitlines()
+    assert 0 <= float(good) <= 1
+    assert 0 <= float(p_value) <= 1
+    assert coverage.startswith("Coverage(")

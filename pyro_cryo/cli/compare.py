@@ -18,6 +18,8 @@ from pyro_cryo.cli.options import (
 )
 from pyro_cryo.cli.parser import add_command
 
+OF_THE_FIT = ("first", "subset", "box", "count", "fingerprint")  # what a record says of particles beside their file
+
 
 def add_to(commands: Any) -> None:
     """The command and its arguments."""
@@ -26,7 +28,8 @@ def add_to(commands: Any) -> None:
         "runs",
         nargs="+",
         metavar="run",
-        help="folders of two or more runs; with commas between, fits of one model from other seeds: the best counts",
+        help="folders of two or more runs; with commas between, fits of one model from other seeds: the best counts. "
+        "Where no particles follow they are those of the first run's file that no run has seen",
     )
     add_particles(parser, AS_THE_RUN)
     add = parser.add_argument
@@ -50,11 +53,18 @@ def run(asked: argparse.Namespace) -> None:
         if asked.out.suffix != ".tsv":
             raise ValueError(f"{asked.out} is not .tsv; name the file by its format")
         check_file(asked.out, asked.overwrite)
+    own = (asked.particles / "run.json").exists() or "," in asked.particles.name  # a run too, and no particles follow
+    if own:
+        asked.runs.append(str(asked.particles))
+        asked.unseen = True
     folders, device = named(asked.runs), device_of(asked)
     runs = {name: [Run.load(folder, device=device) for folder in fits] for name, fits in folders.items()}
     first = next(iter(folders.values()))[0]
     record, box = read_record(first)["particles"], next(iter(runs.values()))[0].model.box
     treated = {name: record[name] for name in ("invert", "normalize", "window") if name in record}
+    if own:
+        treated = {name: value for name, value in record.items() if name not in OF_THE_FIT}
+        asked.particles = treated.pop("path")
     particles = open_particles(asked, box=box, **treated)
     if asked.unseen:
         left = unseen(runs, particles)

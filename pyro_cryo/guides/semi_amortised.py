@@ -60,7 +60,7 @@ class SemiAmortised(nn.Module):
                 f"poses are {type(model.poses).__name__}, of which every draw would need a climb of its own; fit "
                 "particles whose poses are known"
             )
-        if not _anywhere(model):
+        if not anywhere(model):
             raise ValueError(f"z of {type(model).__name__} cannot be anywhere, as a Gaussian's; keep the model's guide")
         self._parts = (model, start)
 
@@ -152,7 +152,7 @@ class _Gaussian(Rows):
         return _Gaussian(*(old.index_copy(0, rows, new) for new, old in zip(by.tensors, self.tensors, strict=True)))
 
 
-def _anywhere(model: CryoModel) -> bool:
+def anywhere(model: CryoModel) -> bool:
     """Whether z has a density all over R^zdim."""
     if model.zdim == 0:
         return False

@@ -74,9 +74,11 @@ def posterior(
                     from the best pose) and translation; sigma of the noise, given all else
     sample_stats:   log_weight, NaN where not weighed; of each particle pareto_k, log_evidence and corrected
     log_likelihood: image, log p(images of a particle) with all that is latent integrated out, at the maps, noise and
-                    priors as they were fitted: the same at every draw but for a tremor of 1e-4, so that `az.loo` and
-                    `az.compare` add it up and leave nothing out. It compares fits by particles that were not fitted.
-                    Of those that were `analysis.loo` leaves each out, over draws of the maps
+                    priors as they were fitted, less what noise of each image's own spectrum would make it: the same
+                    for every fit, and small enough for `az.compare` to find its weights. The same at every draw but
+                    for a tremor of 1e-4, so that `az.loo` and `az.compare` add it up and leave nothing out. It compares
+                    fits by particles that were not fitted. Of those that were `analysis.loo` leaves each out, over
+                    draws of the maps
     posterior_predictive, observed_data: image, with predictive images
 
     The dimensions are chain, draw and particle. Where particles have several images these are the dimension view,
@@ -104,6 +106,16 @@ def posterior(
     }
     names = range(particles.n_particles) if index is None else index
     return as_arviz(tables, sigma, names, described(run, particles), particles.particle.sort().values)
+
+
+def _of_noise(batch: Batch) -> Tensor:
+    """log p of the images of each particle (n,), were they noise with the power that each has in each shell."""
+    half = batch.half
+    square = batch.image.double().square().sum(-1)
+    power = square.new_zeros(len(batch), half.shells).index_add_(1, half.shell, square)
+    count = 2 * half.shell.bincount(minlength=half.shells)
+    told = count * ((2 * math.pi * power / count.clamp_min(1)).clamp_min(1e-300).log() + 1)
+    return -0.5 * batch.window_power * batch.by_particle(told.sum(1))
 
 
 def noise_draws(run: Run, draws: int) -> Tensor:
@@ -193,7 +205,8 @@ def _of_batch(
             "log_evidence": evidence,
             "corrected": (found.trusted & corrected)[None],
         }
-        tables["log_likelihood"] = {"image": evidence + TREMOR * torch.randn(draws, batch.particles).double()}
+        tremor = TREMOR * torch.randn(draws, batch.particles).double()
+        tables["log_likelihood"] = {"image": evidence - _of_noise(batch).cpu() + tremor}
     if predictive:
         tables["posterior_predictive"] = {"image": torch.stack(images).cpu()}
         tables["observed_data"] = {"image": batch.image[None].cpu()}

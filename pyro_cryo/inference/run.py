@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from pyro_cryo.data.batch import Batch
@@ -239,13 +240,14 @@ class Run:
         if particles is not None and index is not None:
             raise ValueError("give particles or an index of the run's own, not both")
         if index is not None:
+            index = torch.as_tensor(index).flatten().tolist()
             particles = self.some(index)
         return posterior(self, self.particles if particles is None else particles, draws, index=index, **settings)
 
-    def volume(self, z: Tensor | np.ndarray | None = None) -> Tensor:
-        """Maps at z (zdim,) or (n, zdim): (D, D, D) or (n, D, D, D), z-y-x, on the scale of the images.
+    def volume(self, z: Tensor | ArrayLike | None = None) -> Tensor:
+        """Maps at z (*batch, zdim): (*batch, D, D, D), z-y-x, on the scale of the images.
 
-        Without z, the map of a homogeneous model.
+        Without z, the map of a homogeneous model. Draws of z in ArviZ's arrays are as good as tensors.
         """
         if (z is None) != (self.model.zdim == 0):
             has = "no z" if self.model.zdim == 0 else f"a z of dimension {self.model.zdim}"
@@ -253,11 +255,12 @@ class Run:
         with torch.no_grad():
             if z is None:
                 return self.model.map().cpu()
-            points = torch.as_tensor(z, dtype=torch.float32, device=self.device)
-            if points.ndim not in (1, 2) or points.shape[-1] != self.model.zdim:
-                raise ValueError(f"z of shape {tuple(points.shape)}; expected (n, {self.model.zdim})")
+            values = z if isinstance(z, Tensor) else torch.from_numpy(np.asarray(z))
+            points = values.to(self.device, torch.float32)
+            if points.ndim < 1 or points.shape[-1] != self.model.zdim:
+                raise ValueError(f"z of shape {tuple(points.shape)}; expected (*batch, {self.model.zdim})")
             maps = [self.model.map(one).cpu() for one in points.reshape(-1, self.model.zdim)]
-        return maps[0] if points.ndim == 1 else torch.stack(maps)
+        return torch.stack(maps).view(*points.shape[:-1], *maps[0].shape)
 
     def finish(self, progress: Progress = quiet) -> None:
         """Write what a finished run leaves: latents, particles, the model's own results."""
@@ -329,7 +332,12 @@ def open_again(record: dict[str, Any], folder: Path) -> Particles:
     asked.pop("count")
     if "path" not in asked:
         raise ValueError(f"{folder}/run.json does not say where its particles are; give Run.load(..., particles=)")
-    particles = Particles.open(asked.pop("path"), **asked)
+    path = Path(asked.pop("path"))
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} is a fit of {path}, which is not there; put it back, or give Run.load(..., particles=)"
+        )
+    particles = Particles.open(path, **asked)
     if particles.fingerprint() != fingerprint:
         raise ValueError(f"{folder}: the particles have changed since the fit; give Run.load(..., particles=)")
     return particles

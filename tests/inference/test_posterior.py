@@ -140,12 +140,24 @@ def test_arviz_reads_it(run: Run, particles: Particles, tmp_path: Path) -> None:
     assert idata.observed_data["image"].shape == (20, len(particles.half), 2)
     assert float(abs(idata.posterior["sigma"].mean("draw")[0, 0] / run.model.sigma[0].detach().numpy() - 1).max()) < 0.1
     assert len(az.summary(idata, var_names=["z"])) == 40
-    total = float(idata.sample_stats["log_evidence"].sum())
+    total = float(idata.log_likelihood["image"].mean(("chain", "draw")).sum())
     loo = az.loo(idata)
     assert abs(float(loo.elpd_loo if hasattr(loo, "elpd_loo") else loo.elpd) - total) < 0.1  # since ArviZ 1.0
     idata.to_netcdf(tmp_path / "posterior.nc")
     again = az.from_netcdf(tmp_path / "posterior.nc")
     np.testing.assert_array_equal(again.posterior["z"], z)
+    again.log_likelihood["image"] = again.log_likelihood["image"] - 3.0
+    assert az.compare({"better": idata, "worse": again})["weight"]["better"] > 0.9
+
+
+def test_log_likelihoods_are_beside_noise_of_each_images_own_spectrum(run: Run, particles: Particles) -> None:
+    idata, batch = run.posterior(particles[:5], draws=30), particles.batch(slice(0, 5))
+    shell = batch.half.shell
+    power = torch.stack([batch.image[:, shell == s].square().mean((1, 2)) for s in range(1, int(shell.max()) + 1)], 1)
+    noise = torch.distributions.Normal(0.0, power.sqrt()[:, shell - 1, None])
+    expected = batch.window_power * noise.log_prob(batch.image).sum((1, 2))
+    beside = idata.sample_stats["log_evidence"] - idata.log_likelihood["image"].mean(("chain", "draw"))
+    np.testing.assert_allclose(beside.values, expected, rtol=1e-5, atol=1e-2)
 
 
 def test_the_same_seed_gives_the_same_draws_and_leaves_the_generator_alone(run: Run, particles: Particles) -> None:
