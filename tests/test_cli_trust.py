@@ -50,6 +50,18 @@ REFUSED: dict[str, tuple[Kind, str]] = {
         ),
         "9 draws have no tail",
     ),
+    "one particle against itself": (
+        lambda d: ("uncertainty", d.moving, "--index", 3, "--against", 3, "-o", d.out),
+        "--against 3 is the particle of --index; give another",
+    ),
+    "a file for a folder": (
+        lambda d: ("uncertainty", d.still, "-o", d.file("sure", "")),
+        "sure is a file; give a folder with -o",
+    ),
+    "a file for the folder of pictures": (
+        lambda d: ("analyze", d.still, "-o", d.file("shown", "")),
+        "shown is a file; give a folder with -o",
+    ),
     "a map of which": (lambda d: ("uncertainty", d.moving, "-o", d.out), "give --index"),
     "into the run": (lambda d: ("uncertainty", d.still, "-o", d.still), "is a run, whose maps would be replaced"),
     "no shapes": (lambda d: ("analyze", d.still, "-o", d.out, "--free-energy"), "has no latent coordinate z"),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pyro_cryo.cli.options import add_device, add_quiet, device_of, progress_of
+from pyro_cryo.cli.options import add_device, add_quiet, check_folder, device_of, progress_of
 from pyro_cryo.cli.parser import add_command
 
 
@@ -30,6 +30,7 @@ def run(asked: argparse.Namespace) -> None:
     from pyro_cryo.inference.run import Run
 
     out = asked.out or asked.run / "analysis"
+    check_folder(out)
     found = Run.load(asked.run, device=device_of(asked))
     pictures = report.analyze(
         found, out, asked.kmeans, asked.steps, asked.components, asked.free_energy, progress_of(asked)

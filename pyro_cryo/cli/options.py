@@ -95,6 +95,13 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 def refuse_to_overwrite(path: Path, overwrite: bool) -> None:
-    """Raise where a file is that nobody said to replace."""
+    """Raise where a file is that nobody said to replace, or where its folder would have to be."""
+    check_folder(path.parent)
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; give another -o, or --overwrite to replace it")
+
+
+def check_folder(path: Path) -> None:
+    """Raise before the work where a file is in a folder's place."""
+    if path.is_file():
+        raise NotADirectoryError(f"{path} is a file; give a folder with -o")

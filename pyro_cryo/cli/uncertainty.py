@@ -40,6 +40,8 @@ def run(asked: argparse.Namespace) -> None:
 
     if asked.against is not None and asked.index is None:
         raise ValueError(f"--against {asked.against} has nothing to be held against; give --index too")
+    if asked.against is not None and asked.against == asked.index:
+        raise ValueError(f"--against {asked.against} is the particle of --index; give another")
     if (asked.out / "run.json").exists():
         raise ValueError(f"{asked.out} is a run, whose maps would be replaced; give another folder")
     refuse_to_overwrite(asked.out / "mean.mrc", asked.overwrite)
