@@ -21,7 +21,8 @@ from pyro_cryo.physics.fourier import flip_hand, shift_phase
 from pyro_cryo.physics.rotations import exp
 from pyro_cryo.physics.slices import fourier_grid, read_grid
 
-LEVEL, COARSE = 2, 8.0  # grid of rotations that is searched whole, and up to which frequency, cycles a box
+LEVEL, COARSE = 2, 6.0  # grid of rotations that is searched whole, and up to which frequency, cycles a box
+ANYWHERE = 8.0  # the same of maps that may lie anywhere: below, what they differ in may show more than what they share
 BEST = 8  # cells of it, about which maps are compared further
 FINE = 12.0
 STEPS_DEG = (7.5, 3.75, 1.9)
@@ -93,7 +94,7 @@ def to_one_frame(maps: Tensor, share: Tensor, mirrored: bool) -> list[Placement]
         before, middle = dict(placed), median(one.correlation for one in placed.values())
         for number in set(range(len(maps))) - {most}:
             others = {n: one for n, one in before.items() if n != number and one.correlation >= middle}
-            coarse, fine = (_Reference.mean(grids, others, share, k) for k in (min(COARSE, kmax), kmax))
+            coarse, fine = (_Reference.mean(grids, others, share, k) for k in (min(ANYWHERE, kmax), kmax))
             found = [
                 fine.climbed(grids[number][flip], coarse.best_cells(grids[number][flip]), STEPS_DEG, flip)
                 for flip in ((False, True) if mirrored else (False,))
