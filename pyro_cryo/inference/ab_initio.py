@@ -9,7 +9,9 @@
 The hand of the map is not determined by the images: its mirror image explains them as well. It is where particles are
 seen from several sides.
 
-Particles of several kinds have several maps (`map_mixture`), which part from the one that won.
+Particles of several kinds have several maps (`map_mixture`), which part from the one that won. At low frequency what
+they share shows less than what they differ in, so that each comes to a frame and a hand of its own: when all images
+have been searched in them at finer detail, they are brought to one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from torch import Tensor
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference import map_mixture
-from pyro_cryo.inference.map_mixture import MapMixture
+from pyro_cryo.inference.map_mixture import MapMixture, grids
+from pyro_cryo.inference.one_hand import to_one_frame
 from pyro_cryo.inference.pose_em import BATCH, EDGE, PoseEM, Solved, box_of, march
 from pyro_cryo.inference.reconstruct import image_power, sample_rows
 from pyro_cryo.inference.search import Level
@@ -41,11 +44,12 @@ RACE = (4, 5, 6, 6, 6, 7, 7, 7)  # cycles a box, a pass each, from every random 
 SETTLING = (7,) * 24 + (8,) * 8 + (9,) * 3 + (10,) * 3  # from the one that won
 SETTLED = 6  # passes of these, before one map is parted into several
 VIEWS = 10  # of an image, in those passes
-COARSE = 6.0  # cycles a box, in which cells of 30 degrees are compared at most
 WHOLE = (Level(2, 3, 7.0),)  # cells of 15 degrees
 FINE = 10.0
 SEARCHED = (*WHOLE, Level(3, 4, FINE))  # then of 7.5
+IN_SEVERAL = (*grids(7.0), Level(3, 4, FINE))  # where that is done in several maps
 PEAKS = 4
+IN_ALL = 2  # passes of all images in several maps
 ROUNDS = 6  # of search at most, each followed by a pass
 SUBSET = 2000  # images of a round
 CONVERGED = 0.5  # nats an image that a further round may still find
@@ -69,8 +73,8 @@ def ab_initio(
 
     symmetry: (G, 3, 3) point group of the map
     shift_sd: of the particles about the box centre, pixels along each axis (default: box / 25)
-    maps:     how many different ones the particles may have. With several, poses are searched in all of them and each
-              image's are relative to its own map; they do not climb, and the map that comes with them is of all images
+    maps:     how many different ones the particles may have. With several, poses are searched in all of them, which
+              are then brought to one frame; they do not climb, and the map that comes with them is of all images
     starts:   random maps that are raced
     finest:   band of the last pass in one map, cycles a box (default: all that images show)
     kept:     file of the state after each stage, from which a killed search goes on
@@ -86,7 +90,8 @@ def ab_initio(
     em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
     if maps > 1:
         parting: list[Stage] = [partial(_parted, em, maps, band) for band in map_mixture.BANDS]
-        return through(em, [lambda _: _settled(em, starts), *parting, partial(_searched_in_all, em)], kept)
+        in_all: list[Stage] = [*[partial(_searched_in_all, em)] * IN_ALL, partial(_in_one_frame, em)]
+        return through(em, [lambda _: _settled(em, starts), *parting, *in_all], kept)
     bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, min(box / 2 - 1, finest or math.inf))]
     return through(em, [lambda _: _found(em, starts), lambda reached: _all_searched(em, reached), *bands], kept)
 
@@ -107,14 +112,33 @@ def _parted(em: PoseEM, maps: int, kmax: float, reached: Reached | None) -> Reac
 
 
 def _searched_in_all(em: PoseEM, reached: Reached | None) -> Reached:
-    """The peaks of all images in several maps."""
+    """All images in several maps, each of which is solved for anew from those that are found in it."""
+    assert reached is not None
+    assert reached.mixture is not None
+    everyone = torch.arange(len(em.particles))
+    mixture, evidence = map_mixture.added(em, reached.mixture, everyone, IN_SEVERAL)
+    shares = ", ".join(f"{one:.2f}" for one in mixture.log_share.exp().tolist())
+    em.progress.note(f"log evidence {evidence:.2f}, shares of the maps {shares}")
+    return replace(reached, mixture=mixture, evidence=evidence)
+
+
+def _in_one_frame(em: PoseEM, reached: Reached | None) -> Reached:
+    """The peaks of all images in several maps, in the frame and, where images do not tell it, the hand of one."""
     assert reached is not None
     assert reached.mixture is not None
     box, everyone = box_of(FINE, em.particles.box), torch.arange(len(em.particles))
     mixture = reached.mixture.on(box)
-    found = em.search(everyone, mixture.known, SEARCHED, PEAKS, log_share=mixture.log_share)
-    share = found.which[:, 0].bincount(minlength=len(mixture.known)) / len(everyone)
-    em.progress.note("shares of the maps " + ", ".join(f"{one:.2f}" for one in share.tolist()))
+    found = em.search(everyone, mixture.known, IN_SEVERAL, PEAKS, log_share=mixture.log_share)
+    if len(em.symmetry) == 1:
+        maps = torch.stack([one.volume for one in mixture.known])
+        placed = to_one_frame(maps, mixture.log_share.exp(), mirrored=not em.particles.several)
+        for number, one in enumerate(placed):
+            em.progress.note(f"map {number}: agrees {one.correlation:.2f}{', mirrored' if one.mirrored else ''}")
+            image, peak = (found.which == number).nonzero(as_tuple=True)
+            rotation, translation = found.rotation[image, peak], found.translation[image, peak]
+            found.rotation[image, peak], found.translation[image, peak] = one.poses(
+                rotation, translation, em.particles.box
+            )
     return Reached(em.add(everyone, found, reached.known.on(box)), found.modes, float(found.evidence.mean()))
 
 
@@ -179,13 +203,7 @@ def _passed(em: PoseEM, known: Solved, kmax: float) -> Solved:
     """The next map, from a sample of the images, each from its best views in a whole grid."""
     known = known.on(box_of(kmax, em.particles.box))
     rows = em.sample(SAMPLE)
-    return em.add(rows, em.search(rows, known, _grids(kmax), VIEWS, apart=0.0), known)
-
-
-def _grids(kmax: float) -> tuple[Level, ...]:
-    """Cells of 30 degrees, all of them; where the band tells those of 15 apart, these within the best of the others."""
-    coarse = Level(1, 3, min(kmax, COARSE))
-    return (coarse,) if kmax < COARSE else (coarse, Level(2, 3, kmax))
+    return em.add(rows, em.search(rows, known, grids(kmax), VIEWS, apart=0.0), known)
 
 
 def _random_map(em: PoseEM) -> Solved:

@@ -3,12 +3,14 @@
 A pass searches a sample of the images in all maps, over the whole grid of poses, and adds them to the maps in which
 they are found, by weight; what earlier passes added counts on, less and less (stepwise expectation maximisation, Cappe
 and Moulines, J. R. Stat. Soc. B 71 (2009) 593). The maps begin as one, parted by chance, at a band so low that cells of
-30 degrees tell poses apart.
+30 degrees tell poses apart. A map in which next to no images are found any more becomes one with that of most images,
+from which it parts anew.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,68 +19,99 @@ from torch import Tensor
 from pyro_cryo.inference.pose_em import Added, PoseEM, Solved, box_of
 from pyro_cryo.inference.search import Level
 
-BANDS = (5,) * 24 + (6,) * 6 + (7,) * 14  # cycles a box, a pass each
+BANDS = (5,) * 24 + (6,) * 6 + (7,) * 8 + (8,) * 6  # cycles a box, a pass each
 SAMPLE = 80  # images of a pass, for every map
+COARSE = 6.0  # cycles a box, in which cells of 30 degrees are compared at most
 VIEWS = 8  # of an image, in all maps together
 COUNTS_ON = 0.6  # of what earlier passes added
-LEAST_SHARE = 0.2  # of an equal share, that a map keeps
+LEAST_SHARE = 0.2  # of an equal share, that a map keeps; where it is found in fewer images it begins anew
 
 
 @dataclass(frozen=True)
 class MapMixture:
     """M maps of one box, and the log of what share of the particles each has, (M,).
 
-    added: what the last pass made each map of; nothing where they are still one
+    same:  (M,) long, the number of the map with which each is still one, often its own
+    added: what the last pass made each map of; nothing where all are still one
     """
 
     known: tuple[Solved, ...]
     log_share: Tensor
+    same: Tensor
     added: tuple[Added, ...] = ()
 
     @staticmethod
     def begun(known: Solved, count: int) -> MapMixture:
         """`count` maps, all of them one that the images have in common."""
-        return MapMixture((known,) * count, torch.full((count,), -float(count)).log_softmax(0))
+        equal = torch.full((count,), -math.log(count))
+        return MapMixture((known,) * count, equal, torch.zeros(count, dtype=torch.long))
 
     def on(self, box: int) -> MapMixture:
         """The same maps on another box of the same field of view."""
-        return MapMixture(tuple(one.on(box) for one in self.known), self.log_share, self.added)
+        return replace(self, known=tuple(one.on(box) for one in self.known))
+
+    def parted_by_chance(self, which: Tensor, drawn: Tensor) -> Tensor:
+        """Maps (n, K) of images, drawn anew where several are one: by numbers (n,) in 0 to 1."""
+        chosen = which.clone()
+        for first in self.same.unique().tolist():
+            among = (self.same == first).nonzero()[:, 0]
+            mine = among[(drawn * len(among)).long()][:, None].expand_as(which)
+            chosen = torch.where(torch.isin(which, among), mine, chosen)
+        return chosen
+
+    def begun_anew(self, found: Tensor) -> MapMixture:
+        """With each map in whose favour next to nothing was found, shares (M,), as one with that of most images."""
+        known, added, same, share = list(self.known), list(self.added), self.same.clone(), self.log_share.exp()
+        found = found.clone()
+        for number in (found < LEAST_SHARE / len(found)).nonzero()[:, 0].tolist():
+            most = int(found.argmax())
+            known[number], same[number] = known[most], same[most]
+            added[most] = added[number] = added[most].times(0.5)
+            share[[number, most]] = share[[number, most]].mean()
+            found[[number, most]] = 0.5 * found[most]
+        return MapMixture(tuple(known), (share / share.sum()).log(), same, tuple(added))
 
     @property
     def state(self) -> dict[str, Any]:
         """All of it as tensors, to be kept in a file."""
         maps = [(one.volume, one.variance) for one in self.known]
-        return {"maps": maps, "log_share": self.log_share, "added": [list(vars(one).values()) for one in self.added]}
+        added = [list(vars(one).values()) for one in self.added]
+        return {"maps": maps, "log_share": self.log_share, "same": self.same, "added": added}
 
     @staticmethod
     def of(state: dict[str, Any], device: torch.device) -> MapMixture:
         """What was kept."""
         known = tuple(Solved(volume.to(device), variance.to(device)) for volume, variance in state["maps"])
         added = tuple(Added(*(value.to(device) for value in values)) for values in state["added"])
-        return MapMixture(known, state["log_share"], added)
+        return MapMixture(known, state["log_share"], state["same"], added)
 
 
 def passed(em: PoseEM, mixture: MapMixture, kmax: float) -> MapMixture:
-    """The next maps, from a sample of the images."""
-    mixture, count = mixture.on(box_of(kmax, em.particles.box)), len(mixture.known)
-    rows = em.sample(SAMPLE * count)
-    found = em.search(rows, mixture.known, grids(kmax), VIEWS, apart=0.0, log_share=mixture.log_share)
-    if not mixture.added:  # by chance
-        drawn = torch.randint(count, (em.particles.n_particles,), generator=em.generator)
-        found.which.copy_(drawn[em.particles.particle[rows]][:, None].expand_as(found.which))
+    """The next maps, from a sample of the images and, where the box is the same, what was added before."""
+    return added(em, mixture, em.sample(SAMPLE * len(mixture.known)), grids(kmax), COUNTS_ON)[0]
+
+
+def added(
+    em: PoseEM, mixture: MapMixture, rows: Tensor, levels: tuple[Level, ...], counts_on: float = 0.0
+) -> tuple[MapMixture, float]:
+    """The next maps from some images (n,), and the mean log evidence of these."""
+    mixture, count = mixture.on(box_of(levels[-1].kmax, em.particles.box)), len(mixture.known)
+    found = em.search(rows, mixture.known, levels, VIEWS, apart=0.0, log_share=mixture.log_share)
+    drawn = torch.rand(em.particles.n_particles, generator=em.generator)[em.particles.particle[rows]]
+    found.which.copy_(mixture.parted_by_chance(found.which, drawn))
     sums, weight = [em.sums(one) for one in mixture.known], found.log_mass.softmax(1)
     em.add_up(rows, found, weight, sums)
-    if mixture.added and mixture.added[0].box == mixture.known[0].box:
+    if counts_on and mixture.added and mixture.added[0].box == mixture.known[0].box:
         for own, earlier in zip(sums, mixture.added, strict=True):
-            own.count_on(earlier, COUNTS_ON)
+            own.count_on(earlier, counts_on)
     em.learn_noise(*sums)
     share = torch.zeros(count).index_add_(0, found.which.flatten(), weight.flatten()) / len(rows)
-    share = 0.5 * (mixture.log_share.exp() + share.clamp_min(LEAST_SHARE / count))
-    return MapMixture(
-        tuple(em.solved(own) for own in sums), (share / share.sum()).log(), tuple(own.added for own in sums)
-    )
+    log_share = (0.5 * (mixture.log_share.exp() + share.clamp_min(LEAST_SHARE / count))).log().log_softmax(0)
+    known, sent = tuple(em.solved(own) for own in sums), tuple(own.added for own in sums)
+    return MapMixture(known, log_share, torch.arange(count), sent).begun_anew(share), float(found.evidence.mean())
 
 
 def grids(kmax: float) -> tuple[Level, ...]:
-    """One level, searched whole: cells of 30 degrees, or of 15 where the band tells them apart."""
-    return (Level(1 if kmax < 6 else 2, 3, kmax),)
+    """Cells of 30 degrees, all of them; where the band tells those of 15 apart, these within the best of the others."""
+    coarse = Level(1, 3, min(kmax, COARSE))
+    return (coarse,) if kmax < COARSE else (coarse, Level(2, 3, kmax))

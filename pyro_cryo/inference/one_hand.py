@@ -11,6 +11,7 @@ Two maps are compared by their correlation with every shell whitened, over all r
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from pyro_cryo.physics.rotations import exp
 from pyro_cryo.physics.slices import fourier_grid, read_grid
 
 LEVEL, COARSE = 2, 6.0  # grid of rotations that is searched whole, and up to which frequency, cycles a box
+ANYWHERE = 8.0  # the same of maps that may lie anywhere: below, what they differ in may show more than what they share
 BEST = 8  # cells of it, about which maps are compared further
 FINE = 12.0
 STEPS_DEG = (7.5, 3.75, 1.9)
@@ -74,6 +76,30 @@ def to_one_hand(maps: Tensor, share: Tensor) -> list[Placement]:
             same = max(still.correlation, elsewhere.correlation) >= other.correlation
             placed[number] = still if same else other
             about[number] = [one.rotation[None] for one in (still, elsewhere, other)]
+    return [placed[number] for number in range(len(maps))]
+
+
+def to_one_frame(maps: Tensor, share: Tensor, mirrored: bool) -> list[Placement]:
+    """How K maps (K, b, b, b) that may lie anywhere are brought to the frame of that with the largest share (K,).
+
+    Each goes where it agrees best with the mean of the others, of those that agreed better than the median.
+
+    mirrored: whether they may be of either hand
+    """
+    kmax, most = min(FINE, maps.shape[-1] / 2 - 1), int(share.argmax())
+    grids = [(fourier_grid(one), fourier_grid(flip_hand(one))) for one in maps]
+    here = torch.eye(3, device=maps.device)
+    placed = {most: Placement(here, torch.zeros_like(here[0]), False, 1.0)}
+    for _ in range(1 + ROUNDS):
+        before, middle = dict(placed), median(one.correlation for one in placed.values())
+        for number in set(range(len(maps))) - {most}:
+            others = {n: one for n, one in before.items() if n != number and one.correlation >= middle}
+            coarse, fine = (_Reference.mean(grids, others, share, k) for k in (min(ANYWHERE, kmax), kmax))
+            found = [
+                fine.climbed(grids[number][flip], coarse.best_cells(grids[number][flip]), STEPS_DEG, flip)
+                for flip in ((False, True) if mirrored else (False,))
+            ]
+            placed[number] = max(found, key=lambda one: one.correlation)
     return [placed[number] for number in range(len(maps))]
 
 

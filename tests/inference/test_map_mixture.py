@@ -12,11 +12,13 @@ from images import hinge_images
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.simulate import simulate, ten_classes
+from pyro_cryo.guides.poses import PosePrior
 from pyro_cryo.inference import ab_initio as stages
 from pyro_cryo.inference import map_mixture
 from pyro_cryo.inference.ab_initio import ab_initio
 from pyro_cryo.inference.map_mixture import MapMixture
-from pyro_cryo.inference.pose_em import PoseEM
+from pyro_cryo.inference.pose_em import Added, PoseEM, Solved
+from pyro_cryo.inference.reconstruct import image_power
 from pyro_cryo.inference.search import Level
 from pyro_cryo.inference.stages import Reached
 
@@ -34,24 +36,56 @@ def test_images_of_two_kinds_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     some = particles[np.isin(state, (0, 9))]
     kind = torch.from_numpy((state[np.isin(state, (0, 9))] == 9).astype(np.int64))
     kept: list[MapMixture] = []
-    searched_in_all = stages._searched_in_all
+    in_one_frame = stages._in_one_frame
 
     def watched(em: PoseEM, reached: Reached) -> Reached:
         assert reached.mixture is not None
         kept.append(reached.mixture)
-        return searched_in_all(em, reached)
+        return in_one_frame(em, reached)
 
-    monkeypatch.setattr(stages, "_searched_in_all", watched)
+    monkeypatch.setattr(stages, "_in_one_frame", watched)
     found = ab_initio(some, torch.eye(3)[None], maps=2, shift_sd=1.0)
     (mixture,) = kept
     assert float(mixture.log_share.exp().sum()) == pytest.approx(1, abs=1e-5)
     assert found.modes.rotation.shape[0] == len(some)
     em = PoseEM(some, found.prior, torch.eye(3)[None], found.sigma, torch.Generator().manual_seed(0))
     last = mixture.on(20)
-    searched = em.search(torch.arange(len(some)), last.known, stages.SEARCHED, 1, log_share=last.log_share)
+    searched = em.search(torch.arange(len(some)), last.known, stages.IN_SEVERAL, 1, log_share=last.log_share)
     agree = float((searched.which[:, 0] == kind).float().mean())
     assert max(agree, 1 - agree) > 0.9
     assert math.isfinite(found.evidence)
+
+
+def test_an_empty_map_begins_anew_as_one_with_that_of_most_images() -> None:
+    """Images of the two are then in either, by chance; all others stay."""
+    known = tuple(Solved(torch.full((4, 4, 4), float(n)), torch.zeros(3)) for n in range(4))
+    added = tuple(Added(*[torch.full((8, 8, 5), float(n))] * 4) for n in range(4))
+    share = torch.tensor([0.2, 0.5, 0.3, 1e-3])
+    mixture = MapMixture(known, share.log(), torch.arange(4), added).begun_anew(share)
+    assert mixture.same.tolist() == [0, 1, 2, 1]
+    assert torch.equal(mixture.known[3].volume, known[1].volume)
+    assert float(mixture.added[1].value[0, 0, 0]) == float(mixture.added[3].value[0, 0, 0]) == 0.5
+    assert float(mixture.log_share.exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert float(mixture.log_share[3]) == pytest.approx(float(mixture.log_share[1]), abs=1e-5)
+    which = torch.arange(4).repeat(1000)[:, None]
+    chosen = mixture.parted_by_chance(which, torch.rand(4000, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(chosen[(which == 0) | (which == 2)], which[(which == 0) | (which == 2)])
+    twins = chosen[(which == 1) | (which == 3)]
+    assert set(twins.tolist()) == {1, 3}
+    assert 0.45 < float((twins == 1).float().mean()) < 0.55
+
+
+def test_no_map_is_left_without_images(tmp_path: Path) -> None:
+    """More maps than images can fill: one of no images would not be a number."""
+    particles = hinge_images(tmp_path / "one", 2, 12, BOX, 0.5)
+    count = len(particles)
+    prior = PosePrior(torch.eye(3).expand(count, 3, 3), torch.zeros(count, 2), math.inf, 1.0)
+    sigma = image_power(particles, count, "cpu")
+    em = PoseEM(particles, prior, torch.eye(3)[None], sigma, torch.Generator().manual_seed(0))
+    mixture = MapMixture.begun(stages._random_map(em), 8)
+    for kmax in (5, 5, 6, 6):
+        mixture = map_mixture.passed(em, mixture, kmax)
+    assert all(bool(one.volume.isfinite().all()) for one in mixture.known)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 5])
@@ -65,7 +99,7 @@ def test_maps_that_were_parting_go_on_after_a_kill(tmp_path: Path, monkeypatch: 
         (stages, "SETTLED", 1),
         (stages, "SAMPLE", 30),
         (stages, "JUDGED", 30),
-        (stages, "SEARCHED", (Level(1, 2, 6.0),)),
+        (stages, "IN_SEVERAL", (Level(1, 2, 6.0),)),
     ):
         monkeypatch.setattr(where, name, value)
     whole = ab_initio(particles, torch.eye(3)[None], maps=2, shift_sd=1.0)

@@ -11,23 +11,23 @@ import torch
 from images import hinge_images
 from torch import Tensor
 
-from pyro_cryo.data.blobs import Complex, hinge
+from pyro_cryo.data.blobs import Complex, hinge, ten_classes
 from pyro_cryo.guides.poses import PoseModes, PosePrior
 from pyro_cryo.inference import moving
 from pyro_cryo.inference.moving import refined_with_motion
-from pyro_cryo.inference.one_hand import Placement, to_one_hand
-from pyro_cryo.physics.fourier import flip_hand
+from pyro_cryo.inference.one_hand import Placement, to_one_frame, to_one_hand
+from pyro_cryo.physics.fourier import flip_hand, resize
 from pyro_cryo.physics.rotations import align_poses, angle_deg, exp, random_rotations
 
 BOX, APIX = 32, 9.0
 MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0]))
 
 
-def moved(source: Complex, placement: Placement) -> Complex:
+def moved(source: Complex, placement: Placement, apix: float = APIX) -> Complex:
     """The molecule whose map the placement brings to that of this one."""
     mirror = MIRROR if placement.mirrored else torch.eye(3)
     return Complex(
-        (source.xyz - BOX * APIX * placement.shift) @ placement.rotation @ mirror,
+        (source.xyz - BOX * apix * placement.shift) @ placement.rotation @ mirror,
         source.weight,
         source.coordinate,
         source.sigma_angstrom,
@@ -70,6 +70,23 @@ def test_maps_come_to_the_hand_and_frame_of_most(placement: Placement) -> None:
     for one, rotation in zip(found, right, strict=True):
         assert float(angle_deg(one.rotation, rotation)) < 15  # the arms pull
     assert float((found[2].shift - placement.shift).norm()) * BOX < 2.5
+
+
+def test_maps_that_lie_anywhere_come_to_one_frame() -> None:
+    """Two of three assemblies are turned and shifted, one of them mirrored: what they share says how."""
+    state, turns = ten_classes(), random_rotations(2, torch.Generator().manual_seed(4))
+    apix, small = state.apix_for(BOX, None), 20
+    away = [
+        Placement(turns[0], torch.tensor([1.0, -2.0, 1.0]) / BOX, False, 1.0),
+        Placement(turns[1], torch.tensor([-1.0, 1.0, 0.0]) / BOX, True, 1.0),
+    ]
+    others = [moved(state, one, apix).volume(number, BOX, apix) for number, one in zip((1, 8), away, strict=True)]
+    maps = torch.stack([resize(one, small) for one in (state.volume(0, BOX, apix), *others)])
+    found = to_one_frame(maps, torch.tensor([0.4, 0.3, 0.3]), mirrored=True)
+    for one, right in zip(found[1:], away, strict=True):
+        assert one.mirrored == right.mirrored
+        assert float(angle_deg(one.rotation, right.rotation)) < 5
+        assert float((one.shift - right.shift).norm()) * BOX < 1
 
 
 def half_mirrored(modes: PoseModes, other: Tensor) -> PoseModes:
