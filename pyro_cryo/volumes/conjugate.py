@@ -88,9 +88,10 @@ class NormalEquations:
         else:
             rhs, spectrum = like.rhs, like.spectrum
         shells, where = self.box // 2 + 1, scale[crop].contiguous()
-        told = coefficient_information(spectrum, where)
-        mean, square = (shell_mean(v, shells, self.box / len(told)) for v in (told, told.square()))
-        seen, shown = mean / where.square().mean(), mean.square() / square.clamp_min(1e-30)
+        told, step = coefficient_information(spectrum, where) / where.square().mean(), self.box / spectrum.shape[0]
+        mean, square = (shell_mean(v, shells, step) for v in (told, told.square()))
+        seen, shown = torch.minimum(shell_mean(spectrum, shells, step), mean), torch.ones_like(mean)
+        shown[-1] = mean[-1].square() / square[-1].clamp_min(1e-30)
         result = VoxelPosterior(self.box, crop, rhs, spectrum, seen, shown, where, torch.ones_like(seen), order)
         return result.with_tau(first_tau(result) if tau is None else tau)
 
@@ -126,10 +127,10 @@ class VoxelPosterior:
     """Gaussian posterior of e, V = scale * T e, on the cube of `crop`, b voxels a side, where scale is not zero.
 
     rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel; scale (b, b, b); tau (L,).
-    seen:  (L,) what the images say of a coefficient, its mean over each shell over that of scale^2: the spectrum,
-           smoothed as the transform of scale mixes coefficients, so less next to what no image shows
-    shown: (L,) how even that is within a shell, as the share of its coefficients that would have all of it: 1 where it
-           is the same in all, less where views are uneven or half of a shell is beyond the images
+    seen:  (L,) what the images say of a coefficient, over the mean of scale^2: the mean of the spectrum over a shell,
+           and no more than that smoothed as the transform of scale mixes coefficients, less next to what none shows
+    shown: (L,) the share of a shell's coefficients that would have all of it, were it the same in these and none in the
+           others: 1 but in the last shell, half of which is beyond the images
     order: of the map's point group, 1 without: only 1 / order of the coefficients of a symmetric map are free, and
     tau is their standard deviation.
     """
