@@ -91,7 +91,7 @@ class NormalEquations:
         told, step = coefficient_information(spectrum, where) / where.square().mean(), self.box / spectrum.shape[0]
         mean, square = (shell_mean(v, shells, step) for v in (told, told.square()))
         seen, shown = torch.minimum(shell_mean(spectrum, shells, step), mean), torch.ones_like(mean)
-        shown[-1] = mean[-1].square() / square[-1].clamp_min(1e-30)
+        seen[-1], shown[-1] = mean[-1], mean[-1].square() / square[-1].clamp_min(1e-30)
         result = VoxelPosterior(self.box, crop, rhs, spectrum, seen, shown, where, torch.ones_like(seen), order)
         return result.with_tau(first_tau(result) if tau is None else tau)
 
@@ -128,7 +128,8 @@ class VoxelPosterior:
 
     rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel; scale (b, b, b); tau (L,).
     seen:  (L,) what the images say of a coefficient, over the mean of scale^2: the mean of the spectrum over a shell,
-           and no more than that smoothed as the transform of scale mixes coefficients, less next to what none shows
+           and no more than that smoothed as the transform of scale mixes coefficients, less next to what none shows;
+           smoothed alone in the last shell
     shown: (L,) the share of a shell's coefficients that would have all of it, were it the same in these and none in the
            others: 1 but in the last shell, half of which is beyond the images
     order: of the map's point group, 1 without: only 1 / order of the coefficients of a symmetric map are free, and
