@@ -189,7 +189,7 @@ def test_one_map_or_many_as_the_run_gives_them(blind: Run) -> None:
 
 
 def test_z_that_does_not_fit_is_told(blind: Run, homogeneous_run: Path) -> None:
-    with pytest.raises(ValueError, match=r"z of shape \(2, 3\); expected \(n, 1\)"):
+    with pytest.raises(ValueError, match=r"z of shape \(2, 3\); expected \(\*batch, 1\)"):
         local_maps(blind, np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"z of map 1 is \[nan\]; expected finite numbers"):
         local_maps(blind, np.array([[0.0], [np.nan]]))

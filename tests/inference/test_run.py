@@ -53,7 +53,7 @@ def test_shapes_of_z(particles, small_model) -> None:
     assert several.shape == (3, 16, 16, 16)
     assert_allclose(several[1], one, atol=1e-6)
     for z in (torch.zeros(3), torch.zeros(2, 3), torch.zeros(1, 1, 2)):
-        with pytest.raises(ValueError, match=r"expected \(n, 2\)"):
+        with pytest.raises(ValueError, match=r"expected \(\*batch, 2\)"):
             run.volume(z)
     with pytest.raises(ValueError, match=r"has a z of dimension 2; call volume\(z\)"):
         run.volume()
