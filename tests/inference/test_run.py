@@ -52,7 +52,8 @@ def test_shapes_of_z(particles, small_model) -> None:
     assert one.shape == (16, 16, 16)
     assert several.shape == (3, 16, 16, 16)
     assert_allclose(several[1], one, atol=1e-6)
-    for z in (torch.zeros(3), torch.zeros(2, 3), torch.zeros(1, 1, 2)):
+    assert run.volume(torch.zeros(1, 4, 2)).shape == (1, 4, 16, 16, 16)
+    for z in (torch.zeros(3), torch.zeros(2, 3)):
         with pytest.raises(ValueError, match=r"expected \(\*batch, 2\)"):
             run.volume(z)
     with pytest.raises(ValueError, match=r"has a z of dimension 2; call volume\(z\)"):
@@ -135,7 +136,7 @@ def test_particles_that_moved_or_changed(toy: Path, particles, small_model, tmp_
     run = Run.load(tmp_path / "run")
     assert run.volume(run.latent.z[:1]).shape == (1, 16, 16, 16)  # maps do without the images
     assert run.apix > 0
-    with pytest.raises(FileNotFoundError, match=r"case/particles\.star does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"run is a fit of .*case/particles\.star, which is not there"):
         _ = run.particles
     moved = Particles.open(tmp_path / "elsewhere" / "particles.star", box=16, first=80)
     assert Run.load(tmp_path / "run", particles=moved).latent.z.shape == (80, 2)
