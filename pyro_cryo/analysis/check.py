@@ -38,7 +38,7 @@ STILL_FALLS = 0.02  # of a loss's fall over the second half of its passes, in th
 TOLERATED = 0.05  # of the noise's power, that a residual may be off whatever the count of images
 COLLAPSED = 0.05  # share of the variance of z between particles, below which z tells next to nothing
 JUNK = 0.01  # share of images that may fit badly
-SURE = 1e-3  # p below which what is seen is not put down to chance, which 1 in 20 sound runs falls to at 0.05
+SURE = 1e-3  # p at which what is seen is not put down to chance, as it is of 1 in 20 sound runs at 0.05
 LOST = 0.5  # nats a particle that an encoder may lose of the evidence
 OWN = 50  # particles that are given Gaussians of their own
 
@@ -222,10 +222,11 @@ def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     z = found["z"]
     coverage = z.coverage(0.9)
     interval, region = float(coverage.interval.mean()), float(coverage.region)
-    short, error = 0.9 - min(interval, region), coverage.error
+    off = max(interval - 0.9, region - 0.9, key=abs)
+    error = coverage.error
     yield Answer(
         question,
-        SOUND if short < max(0.05, 2 * error) else LOOK if short < max(0.1, 3 * error) else BAD,
+        SOUND if abs(off) < max(0.05, 2 * error) else LOOK if off > -max(0.1, 3 * error) else BAD,
         f"Of {len(z.ranks)} particles that the fitted model made itself {100 * interval:.0f}% of coordinates lie in "
         f"their 90% intervals and {100 * region:.0f}% (+- {100 * error:.0f}) in their 90% regions; posteriors are "
         f"{float(z.sharpness.mean()):.2f} as wide as the population.",
@@ -245,7 +246,7 @@ def _associated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
     small = found.share < 0.02 and found.largest < 0.05
     yield Answer(
         "Does z know the pose? It should not.",
-        SOUND if found.p_value > 0.05 else BAD if found.p_value < SURE and not small else LOOK,
+        SOUND if found.p_value > 0.05 else BAD if found.p_value <= SURE and not small else LOOK,
         f"p = {found.p_value:.3f} for {found.particles:,} particles; the pose explains {100 * found.share:.1f}% of the "
         "variance of z" + ("." if found.p_value > 0.05 else f", most by the {found.part}."),
         "A draw of z from each particle's posterior is independent of its pose where the motion is real. Where it is "

@@ -53,7 +53,7 @@ def run(asked: argparse.Namespace) -> None:
         if asked.out.suffix != ".tsv":
             raise ValueError(f"{asked.out} is not .tsv; name the file by its format")
         check_file(asked.out, asked.overwrite)
-    own = (asked.particles / "run.json").exists() or "," in asked.particles.name  # a run too, and no particles follow
+    own = all((Path(one) / "run.json").exists() for one in str(asked.particles).split(","))  # no particles follow
     if own:
         asked.runs.append(str(asked.particles))
         asked.unseen = True
@@ -63,6 +63,8 @@ def run(asked: argparse.Namespace) -> None:
     record, box = read_record(first)["particles"], next(iter(runs.values()))[0].model.box
     treated = {name: record[name] for name in ("invert", "normalize", "window") if name in record}
     if own:
+        if "path" not in record:
+            raise ValueError(f"{first}/run.json does not say where its particles are; give particles after the runs")
         treated = {name: value for name, value in record.items() if name not in OF_THE_FIT}
         asked.particles = treated.pop("path")
     particles = open_particles(asked, box=box, **treated)

@@ -34,14 +34,14 @@ from pyro_cryo.volumes.conjugate import noise_sd
 from pyro_cryo.volumes.sized import Sized
 
 NODES = 7  # of the quadrature over the contrast
-POINTS = 1 << 15  # coefficients a batch for each thread of a CPU: what is read and written for them stays in its cache
+POINTS = 1 << 15  # coefficients a batch on a CPU: what is read and written for them stays in its cache
 POINTS_GPU = 1 << 21
 LEAST_CONTRAST_SD = 1e-3
 
 
 def images_at_once(count: int, device: torch.device) -> int:
     """How many images of `count` coefficients are best projected together."""
-    return max(1, (POINTS * torch.get_num_threads() if device.type == "cpu" else POINTS_GPU) // count)
+    return max(1, (POINTS if device.type == "cpu" else POINTS_GPU) // count)
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,8 @@ class FamilySolver:
         """EM of a family on a box; `moving` are its maps but the first, on any box: motion is where they have it."""
         start, where = self.start, self.start.mask if self.focus is None else self.focus
         if bool(moving.any()):
-            even = filter_shells(moving, 1 / start.tau[: moving.shape[-1] // 2 + 1])  # as `density_envelope` says
+            tau = start.tau[: moving.shape[-1] // 2 + 1]
+            even = filter_shells(moving, 1 / tau.clamp_min(1e-3 * tau.max()))  # as `density_envelope` says
             # not their product, which would narrow a tight mask
             where = torch.minimum(where, _on_box(motion_envelope(even), len(where)))
         maps = Maps(

@@ -83,7 +83,8 @@ class MapMixture:
         """What was kept."""
         known = tuple(Solved(volume.to(device), variance.to(device)) for volume, variance in state["maps"])
         added = tuple(Added(*(value.to(device) for value in values)) for values in state["added"])
-        return MapMixture(known, state["log_share"], state["same"], added)
+        same = state.get("same", torch.arange(len(known)) if added else torch.zeros(len(known), dtype=torch.long))
+        return MapMixture(known, state["log_share"], same, added)
 
 
 def passed(em: PoseEM, mixture: MapMixture, kmax: float) -> MapMixture:

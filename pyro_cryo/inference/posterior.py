@@ -114,8 +114,8 @@ def _of_noise(batch: Batch) -> Tensor:
     square = batch.image.double().square().sum(-1)
     power = square.new_zeros(len(batch), half.shells).index_add_(1, half.shell, square)
     count = 2 * half.shell.bincount(minlength=half.shells)
-    told = count * ((2 * math.pi * power / count.clamp_min(1)).clamp_min(1e-300).log() + 1)
-    return -0.5 * batch.window_power * batch.by_particle(told.sum(1))
+    told = count * ((2 * math.pi * power / count.clamp_min(1)).log() + 1)
+    return -0.5 * batch.window_power * batch.by_particle(torch.where(power > 0, told, 0.0).sum(1))
 
 
 def noise_draws(run: Run, draws: int) -> Tensor:

@@ -44,8 +44,9 @@ class VoxelBasis(Sized):
         grid = self.grid()
         points = GridPoints.of(k, grid.shape[0])
         slices = points.columns(grid).view(*k.shape[:-2], -1, grid.shape[-1])
-        combined = (slices @ (self.box / self.side * coefficients)[..., None]).view(-1, 2)
-        return torch.view_as_real(points.as_on_grid(torch.view_as_complex(combined))).view(*k.shape[:-1], 2)
+        combined = (slices @ (self.box / self.side * coefficients)[..., None])[..., 0].unflatten(-1, (-1, 2))
+        values = points.as_on_grid(torch.view_as_complex(combined.contiguous()).flatten(-k.dim() + 1))
+        return torch.view_as_real(values).view(combined.shape)
 
     def map(self, coefficients: Tensor) -> Tensor:
         """Maps (*batch, C) -> (*batch, D, D, D)."""
