@@ -26,7 +26,8 @@ class ExactGuide(nn.Module):
         """What the images of each particle say about its coefficients (n,), within the band of the basis."""
         model, basis, _ = self._parts
         low, sigma = batch.band(basis.count), model.sigma.detach()
-        at_once = images_at_once(basis.count, sigma.device) * torch.get_num_threads()  # each has a cache
+        threads = torch.get_num_threads() if sigma.device.type == "cpu" else 1  # each of a CPU has a cache
+        at_once = threads * images_at_once(basis.count, sigma.device)
         rows = torch.arange(len(batch), device=sigma.device).split(at_once)
         parts = [low] if len(rows) == 1 else (low[part] for part in rows)
         said = (Projected.of(part, basis.grid(), sigma, basis.box / basis.side).seen() for part in parts)

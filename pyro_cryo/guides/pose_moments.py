@@ -66,8 +66,10 @@ def _points(batch: Batch, draws: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     points, chance = normal_rule(draws, 5, seed, batch.image.device)
     white = points[:, None].repeat(1, len(batch), 1)
-    further = torch.ones(len(batch), dtype=torch.bool, device=points.device)
-    further[batch.first] = False
-    order = torch.rand(draws, len(batch), generator=torch.Generator().manual_seed(seed)).argsort(0).to(points.device)
-    white[:, further, 3:] = even_points(draws, 2, seed, points.device)[order[:, further]]
+    if batch.several:
+        further = torch.ones(len(batch), dtype=torch.bool, device=points.device)
+        further[batch.first] = False
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.rand(draws, int(further.sum()), generator=generator).argsort(0).to(points.device)
+        white[:, further, 3:] = even_points(draws, 2, seed, points.device)[order]
     return white, chance

@@ -36,9 +36,8 @@ from pyro_cryo.volumes.conjugate import (
 class JointPosterior:
     """Gaussian posterior of C maps on the whole box, D voxels a side.
 
-    yy (C, C) is Y; spectrum (2D, 2D, D + 1) the transform of the kernel of A^H W A and seen (L,) what it says of each
-    shell, as `VoxelPosterior` has it; scale (C, D, D, D) and tau (C, D, D, D / 2 + 1) the prior; order that of the
-    point group of the maps.
+    yy (C, C) is Y; spectrum (2D, 2D, D + 1) the transform of the kernel of A^H W A and seen (L,) its mean over each
+    shell; scale (C, D, D, D) and tau (C, D, D, D / 2 + 1) the prior; order that of the maps' point group.
     """
 
     yy: Tensor
