@@ -6,7 +6,8 @@ Maps scale * u, u ~ ShellNormal(tau), are drawn, of one state and of a family V_
 them simulated, in whose projections no error of the package's own is. Both are fitted as a user would fit them: noise,
 tau, envelope, number of components and contrast are learned. For each shell up to the resolution: the mean over its
 coefficients of |mean of the draws - truth|^2 / (variance of the draws), freed of what the finite number of draws adds;
-1 where the posterior is right. Of a family, at the z of some particles, as uncertain as they are.
+1 where the posterior is right. Of a family, at the z of some particles, as uncertain as they are: of many, because what
+a z is off by is the same in all shells of a particle's map.
 
 --mask: support, that of the prior from which maps were drawn; given, a solvent mask about it, as a user would make one;
         auto and none, as of `pyro-cryo fit`.
@@ -82,9 +83,10 @@ class Errors:
 
 def errors(draws: Iterable[Tensor], truth: Tensor, inside: Tensor) -> list[Errors]:
     """Of draws (n, D, D, D) beside the truth (n, D, D, D)."""
-    maps = torch.stack(list(draws), 1).double()
+    maps = torch.stack(list(draws), 1)
     found = []
-    for own, true in zip(maps, truth.double(), strict=True):
+    for drawn_maps, true in zip(maps, truth.double(), strict=True):
+        own = drawn_maps.double()
         spectrum, count = torch.fft.rfftn(own, dim=(1, 2, 3)), len(own)
         mean = spectrum.mean(0)
         variance = (spectrum - mean).abs().square().sum(0) / (count - 1)
@@ -189,7 +191,7 @@ def main() -> None:
     parser.add_argument("--snr", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=30)
-    parser.add_argument("--particles", type=int, default=10, help="at whose z the maps of a family are taken")
+    parser.add_argument("--particles", type=int, default=100, help="at whose z the maps of a family are taken")
     parser.add_argument("--mask", choices=(*GIVEN, "auto", "none"), default="given")
     parser.add_argument("--kinds", nargs="+", choices=("one", "family"), default=["one", "family"])
     parser.add_argument("--case", type=Path, nargs="+", default=[], help=".star files of cases with truth.npz")

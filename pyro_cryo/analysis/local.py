@@ -29,7 +29,7 @@ from torch import Tensor
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.distributions.volume import filter_shells
 from pyro_cryo.guides.coefficients import Projected
-from pyro_cryo.inference.family import FLOOR, motion_envelope
+from pyro_cryo.inference.family import motion_envelope
 from pyro_cryo.inference.reconstruct import Halves, half_sets, left_of
 from pyro_cryo.inference.run import Latent, Run
 from pyro_cryo.physics.slices import channel_grid, fourier_grid
@@ -40,6 +40,7 @@ from pyro_cryo.volumes.mask import density_envelope, find_mask
 BANDWIDTHS = 6
 FEWEST, MOST = 50, 0.5  # particles that count at the narrowest bandwidth, and share of all that do at the widest
 SCORED = 2  # the bandwidth, from the narrowest, whose weights images have as judges
+LEAST_SCALE = 0.02  # of the largest: where nothing moves nothing is corrected
 LEAST_WEIGHT = 1e-2  # of the largest: images of less are left out
 FAMILY = 24  # maps that tell where the family moves
 TOLERANCE = 5e-2
@@ -170,7 +171,7 @@ class _Local:
         self.symmetry = getattr(run.model, "symmetry", torch.eye(3, device=run.device)[None])
         rows = np.random.default_rng(0).permutation(len(run.latent.z))[:FAMILY]
         family = run.volume(run.latent.z[rows]).to(run.device)
-        self.motion = motion_envelope(family - family.mean(0)).nan_to_num(1.0).clamp_min(FLOOR)
+        self.motion = motion_envelope(family - family.mean(0)).nan_to_num(1.0)
 
     def known(self, batch: Batch) -> Batch:
         """The images at their poses, the contrast that the guide infers taken into the CTF."""
@@ -205,7 +206,7 @@ class _Local:
         """The map (D, D, D) and the bandwidth of each of its shells (L,)."""
         volume = volume.to(self.run.device)
         scale = self.motion * density_envelope(volume, find_mask(volume))
-        scale = torch.where(scale > FLOOR * scale.max(), scale, 0.0)
+        scale = torch.where(scale > LEAST_SCALE * scale.max(), scale, 0.0)
         order = len(self.symmetry)
         halves = [torch.stack([correction(both[h], scale, order) for both in equations]) for h in range(2)]
         choice = best_by_shell(*self.gains(volume, halves, weight[SCORED]))

@@ -9,8 +9,10 @@ and what is new about noise and coefficients. The M-step solves, for each map by
     (<y_c^2> A^H W A + prior) V_c = <y_c^2> A^H W A V_c_before + score_c,
 
 which takes the mean over particles <y y'> for diagonal, as it is where coefficients are whitened, and for that over
-their images. The fixed point is that of exact EM, and one kernel serves all maps. Images of one particle have one y:
-what they say of it is added up before its moments are taken, and these then serve each of them.
+their images. The fixed point is that of exact EM, and one kernel serves all maps. What images say of a map
+when y is not known is less, by what the variance of y is of <y^2>: only E[y]^2 counts for how much of a map they
+determine, and so for its prior's variance. Images of one particle have one y: what they say of it is added up before
+its moments are taken, and these then serve each of them.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class EM:
         self.device = maps.values.device
         self.mean: Moments | None = None
         self.gram = torch.zeros(0)
+        self.known = torch.zeros(0)  # (C,) mean square of what the coefficients are expected to be
         self.batch_size = images_at_once(len(particles.half), self.device)
         total = passes * particles.n_batches(self.batch_size)
         self._ticks = iter(progress(range(total), total, title))
@@ -150,6 +153,7 @@ class EM:
         variance = self._variance()
         total: Moments | None = None
         gram = torch.zeros(grid.shape[-1], grid.shape[-1], device=self.device)
+        known = torch.zeros(grid.shape[-1], device=self.device)
         square = torch.zeros_like(maps.sigma)
         count = torch.zeros_like(square)
         batches = self._read() if self._kept is None else self._kept
@@ -175,9 +179,10 @@ class EM:
             bare = replace(batch, noise_scale=None)  # what a premultiplied stack scales its noise by is divided out
             add_shells(square, count, left * noise_sd(bare, maps.sigma).square(), bare)
             gram += said.gram.sum(0)
+            known += moments.y.square().sum(0)
             total = moments.total() if total is None else total + moments.total()
         assert total is not None
-        self.gram = gram / self.particles.n_particles
+        self.gram, self.known = (sums / self.particles.n_particles for sums in (gram, known))
         empty = NormalEquations(maps.box, torch.zeros_like(score[0]), weight[0])
         order = len(self.symmetry)
         first = empty.posterior(maps.scale[0], order=order)
@@ -224,5 +229,5 @@ class EM:
             posterior = posterior.with_tau(prior)
             e = posterior.mean(3e-2)
             values.append(posterior.to_map(e))
-            tau.append(mackay_tau(posterior, e))
+            tau.append(mackay_tau(posterior.counted(self.known[c] / square[c].clamp_min(1e-30)), e))
         maps.values, maps.tau = torch.stack(values), torch.stack(tau)

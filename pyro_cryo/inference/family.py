@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.data.particles import Particles
+from pyro_cryo.distributions.volume import filter_shells
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Projected, Seen, images_at_once
 from pyro_cryo.guides.points import ClassesCoefficients, CurvedCoefficients, PointCoefficients
 from pyro_cryo.inference.em import EM, Maps
@@ -41,7 +42,7 @@ MOTION_SHARE = 0.1  # of the consensus' variance, that a component is given unti
 MOST_HELD_OUT = 1000  # particles, that are left out of the coarse bands and tell the rank
 SUBSET = 30_000  # images from which a coarse band is learned
 CONVERGED = 30.0  # nats, all particles together, that a further pass may still find
-FLOOR = 0.02
+FLOOR = 0.005  # of a prior's sd: more, in all the solvent, adds up
 LEAST_SNR = 0.05  # of the consensus, solvent included
 BEYOND = 1.2  # the molecule alone is seen farther, and priors by shell hold back what is not seen
 
@@ -185,7 +186,10 @@ class FamilySolver:
         """EM of a family on a box; `moving` are its maps but the first, on any box: motion is where they have it."""
         start, where = self.start, self.start.mask if self.focus is None else self.focus
         if bool(moving.any()):
-            where = where * _on_box(motion_envelope(moving), len(where))
+            tau = start.tau[: moving.shape[-1] // 2 + 1]
+            even = filter_shells(moving, 1 / tau.clamp_min(1e-3 * tau.max()))  # as `density_envelope` says
+            # not their product, which would narrow a tight mask
+            where = torch.minimum(where, _on_box(motion_envelope(even), len(where)))
         maps = Maps(
             torch.cat([resize(with_band(start.volume, family.maps[0]), box)[None], resize(moving, box)]),
             torch.stack([_scale_on(start.scale, box), _scale_on(where, box)]),

@@ -151,17 +151,19 @@ def _solve(
     whole = halves[0] + halves[1]
     everywhere = torch.ones((whole.box,) * 3, device=whole.value.device)
     plain = whole.posterior(everywhere, order=order)
-    first, second = half_maps = _alone(halves[0], order), _alone(halves[1], order)
+    alone = [half.posterior(everywhere, order=order) for half in halves]
     if not all(bool(half.weight.any()) for half in halves):  # a single particle
-        first = second = plain.to_map(plain.mean(1e-2))
+        alone = [plain, plain]
+    first, second = [half.mean(1e-2) for half in alone]
+    half_maps = alone[0].to_map(first), alone[1].to_map(second)
     if mask is None:
         mask, scale = everywhere, everywhere
     elif isinstance(mask, str):
-        mask = find_mask(0.5 * (first + second))
-        scale = density_envelope(first, mask, other=second)
+        mask = find_mask(0.5 * (half_maps[0] + half_maps[1]))
+        scale = density_envelope(first, other=second)
     else:
         mask = mask.to(everywhere)
-        envelope = density_envelope(mask * first, mask, other=mask * second)
+        envelope = density_envelope(mask * first, other=mask * second)
         scale = torch.minimum(mask, envelope)  # their product would narrow a tight mask
     posterior, rough = settled(whole.posterior(scale, order=order, like=plain), SETTLING, 1e-2)
     mean = posterior.mean(3e-3, start=rough)
@@ -179,13 +181,6 @@ def _solve(
         signal_to_noise=plain.information() * plain.tau.square(),
         sigma=sigma,
     )
-
-
-def _alone(half: NormalEquations, order: int) -> Tensor:
-    """The map (D, D, D) of a half set, under a prior that is the same everywhere."""
-    everywhere = torch.ones((half.box,) * 3, device=half.value.device)
-    posterior = half.posterior(everywhere, order=order)
-    return posterior.to_map(posterior.mean(1e-2))
 
 
 def _smooth(square: Tensor) -> Tensor:

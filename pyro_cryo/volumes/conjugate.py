@@ -84,22 +84,25 @@ class NormalEquations:
         """
         crop = _bounding_cube(scale)
         if like is None or like.crop != crop:
-            rhs, spectrum, seen = self._likelihood(crop)
+            rhs, spectrum = self._likelihood(crop)
         else:
-            rhs, spectrum, seen = like.rhs, like.spectrum, like.seen
-        unit = torch.ones_like(seen)
-        result = VoxelPosterior(self.box, crop, rhs, spectrum, seen, scale[crop].contiguous(), unit, order)
+            rhs, spectrum = like.rhs, like.spectrum
+        shells, where = self.box // 2 + 1, scale[crop].contiguous()
+        told, step = coefficient_information(spectrum, where) / where.square().mean(), self.box / spectrum.shape[0]
+        mean, square = (shell_mean(v, shells, step) for v in (told, told.square()))
+        seen, shown = torch.minimum(shell_mean(spectrum, shells, step), mean), torch.ones_like(mean)
+        seen[-1], shown[-1] = mean[-1], mean[-1].square() / square[-1].clamp_min(1e-30)
+        result = VoxelPosterior(self.box, crop, rhs, spectrum, seen, shown, where, torch.ones_like(seen), order)
         return result.with_tau(first_tau(result) if tau is None else tau)
 
-    def _likelihood(self, crop: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
-        """rhs, spectrum and seen of a `VoxelPosterior` on a cube."""
+    def _likelihood(self, crop: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor]:
+        """rhs and spectrum of a `VoxelPosterior` on a cube."""
         side = crop[0].stop - crop[0].start
         kernel = crop_kernel(toeplitz_kernel(self.weight, self.box), side)
         # Few pairs of voxels are farther apart; lags that end abruptly would make the spectrum ring below zero.
         taper = soft_disc(2 * side, 0.6 * side, 0.4 * side, dims=3, device=kernel.device)
         spectrum = nonnegative(torch.fft.rfftn(kernel.mul_(torch.fft.ifftshift(taper))).real)
-        rhs = fourier_grid_adjoint(self.value, self.box)[crop].contiguous()
-        return rhs, spectrum, shell_mean(spectrum, self.box // 2 + 1, self.box / (2 * side))
+        return fourier_grid_adjoint(self.value, self.box)[crop].contiguous(), spectrum
 
 
 def component_sd(batch: Batch, sigma: Tensor) -> Tensor:
@@ -123,8 +126,12 @@ def noise_sd(batch: Batch, sigma: Tensor) -> Tensor:
 class VoxelPosterior:
     """Gaussian posterior of e, V = scale * T e, on the cube of `crop`, b voxels a side, where scale is not zero.
 
-    rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel and seen (L,) its mean over
-    each shell; scale (b, b, b); tau (L,).
+    rhs (b, b, b) is A^H W X; spectrum (2b, 2b, b + 1) the transform of the Toeplitz kernel; scale (b, b, b); tau (L,).
+    seen:  (L,) what the images say of a coefficient, over the mean of scale^2: the mean of the spectrum over a shell,
+           and no more than that smoothed as the transform of scale mixes coefficients, less next to what none shows;
+           smoothed alone in the last shell
+    shown: (L,) the share of a shell's coefficients that would have all of it, were it the same in these and none in the
+           others: 1 but in the last shell, half of which is beyond the images
     order: of the map's point group, 1 without: only 1 / order of the coefficients of a symmetric map are free, and
     tau is their standard deviation.
     """
@@ -134,6 +141,7 @@ class VoxelPosterior:
     rhs: Tensor
     spectrum: Tensor
     seen: Tensor
+    shown: Tensor
     scale: Tensor
     tau: Tensor
     order: int = 1
@@ -158,12 +166,13 @@ class VoxelPosterior:
     def determined(self) -> Tensor:
         """The share of the coefficients of each shell that the images determine, not the prior: (L,), 0 to 1.
 
-        A coefficient near r has the precision seen * scale(r)^2 + 1 / tau^2: where scale is small, nothing is seen.
+        A coefficient near r has the precision seen * scale(r)^2 + 1 / tau^2: where scale is small, nothing is seen. It
+        is taken as seen / shown in a share `shown` of a shell, and as 0 in the rest.
         """
-        strength = (self.seen * self.tau.square()).clamp_min(0)[:, None]
+        strength = (self.seen / self.shown.clamp_min(1e-30) * self.tau.square()).clamp_min(0)[:, None]
         step = max(1, len(self.scale) // 32)  # scale is smooth: a part of its voxels tells
         square = self.scale[::step, ::step, ::step].square().flatten()
-        return torch.stack([(s * square / (1 + s * square)).mean() for s in strength])
+        return self.shown * torch.stack([(s * square / (1 + s * square)).mean() for s in strength])
 
     def mean(self, tolerance: float = 1e-3, start: Tensor | None = None) -> Tensor:
         """Posterior mean of e (b, b, b)."""
@@ -216,6 +225,17 @@ class VoxelPosterior:
 
         first = None if start is None else to_coefficients(start)
         return to_voxels(conjugate_gradients(operator, to_coefficients(rhs), weak, dot, tolerance, first))
+
+
+def coefficient_information(spectrum: Tensor, scale: Tensor) -> Tensor:
+    """What images say of each coefficient of u, the diagonal of S A^H W A S, on the layout of the spectrum.
+
+    The spectrum, smoothed as the transform of scale (b, b, b) mixes coefficients.
+    """
+    n = spectrum.shape[0]
+    overlap = torch.fft.irfftn(torch.fft.rfftn(scale, s=(n,) * 3).abs().square(), s=(n,) * 3)
+    kernel = torch.fft.irfftn(spectrum, s=(n,) * 3)
+    return torch.fft.rfftn(kernel.mul_(overlap)).real / scale.numel()
 
 
 def score_noise(spectrum: Tensor, generator: torch.Generator) -> Tensor:
@@ -302,12 +322,12 @@ def first_tau(posterior: VoxelPosterior) -> Tensor:
     """Prior sd of u by shell from moments of the right-hand side, each coefficient taken on its own: (L,).
 
     A coefficient of S A^H W X has about the variance lambda^2 tau^2 <S^4> / <S^2>^2 + lambda, lambda the images'
-    information: signal and noise are both seen where scale is.
+    information: signal and noise are both seen where scale is, and lambda is in a part of each shell.
     """
     weight = posterior.information().clamp_min(1e-30)
     power = posterior.order * shell_power(posterior.scale * posterior.rhs, len(posterior.tau))
     square = posterior.scale.square()
-    spread = square.square().mean() / square.mean().square()
+    spread = square.square().mean() / square.mean().square() / posterior.shown.clamp_min(1e-30)
     return floor_tau((power - weight).clamp_min(0) / (weight.square() * spread), weight)
 
 

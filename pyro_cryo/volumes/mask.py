@@ -40,21 +40,23 @@ def find_mask(volume: Tensor, *, threshold_sd: float = 4.0, grow: float = 0.04, 
 
 def density_envelope(
     volume: Tensor,
-    mask: Tensor,
+    mask: Tensor | None = None,
     *,
     other: Tensor | None = None,
     width: float = 1 / 32,
     inside: float = 0.1,
-    outside: float = 0.02,
+    floor: float = 0.02,
 ) -> Tensor:
     """Prior sd of the density at each voxel, up to a factor: the local rms of a first map, (D, D, D), at most 1.
 
-    The map is squared, smoothed with a Gaussian of sd `width` D and rooted. Where that is small it is not believed:
-    `inside` and `outside` of the mask are floors, and beyond the inscribed sphere it is zero. A prior that expects
-    density where there is density is what non-uniform refinement (Punjani, Zhang and Fleet, Nature Methods 17, 2020)
-    does by cross-validation.
-    other: the map of the other half of the images. Noise, which is not the same in both, then adds nothing: two maps
-           are multiplied where one is squared.
+    The map is squared, smoothed with a Gaussian of sd `width` D and rooted; below `floor` it is not believed, and
+    beyond the inscribed sphere it is zero. A prior that expects density where there is density is what non-uniform
+    refinement (Punjani, Zhang and Fleet, Nature Methods 17, 2020) does by cross-validation.
+    volume: best one whose shells are as strong as each other where they are seen, like the e of a posterior: in a map
+            as it is the lowest shells tell, which are few coefficients, uneven by chance
+    other:  the map of the other half of the images. Noise, which is not the same in both, then adds nothing: two maps
+            are multiplied where one is squared
+    mask:   where at least `inside` is expected, (D, D, D): of a map that no other one confirms
     """
     from scipy.ndimage import gaussian_filter
 
@@ -62,8 +64,9 @@ def density_envelope(
     square = volume * (volume if other is None else other)
     power = gaussian_filter(square.detach().cpu().numpy(), width * box, mode="wrap")
     local = torch.from_numpy(power).clamp_min(0).sqrt().to(volume.device)
-    floor = outside + (inside - outside) * mask
-    envelope = torch.maximum(local / local.max().clamp_min(1e-30), floor)
+    envelope = (local / local.max().clamp_min(1e-30)).clamp_min(floor)
+    if mask is not None:
+        envelope = torch.maximum(envelope, inside * mask)
     return envelope * soft_disc(box, 0.5 * box * 0.9, 0.5 * box * 0.1, dims=3, device=volume.device)
 
 

@@ -25,6 +25,7 @@ from pyro_cryo.volumes import conjugate
 from pyro_cryo.volumes.conjugate import (
     NormalEquations,
     VoxelPosterior,
+    coefficient_information,
     first_tau,
     mackay_tau,
     noise_sd,
@@ -140,7 +141,8 @@ def test_where_density_is_makes_a_solve_easy(monkeypatch: pytest.MonkeyPatch) ->
     spectrum = 5000 * (0.02 + 1 - torch.cos(0.05 * radius**2)) / (1 + radius)
     scale = soft_disc(box, 1, 8, dims=3).square()
     everywhere, seen = (slice(0, box),) * 3, shell_mean(spectrum, len(shell), 0.5)
-    posterior = VoxelPosterior(box, everywhere, 0 * scale, spectrum, seen, scale, 100 / (1 + shell) ** 2)
+    prior = 100 / (1 + shell) ** 2
+    posterior = VoxelPosterior(box, everywhere, 0 * scale, spectrum, seen, torch.ones_like(seen), scale, prior)
 
     def drawn(*tolerance: float) -> tuple[Tensor, int]:
         steps = []
@@ -263,6 +265,19 @@ def test_the_prior_variance_of_a_symmetric_map_is_recovered() -> None:
     print("tau over planted:", *[f"{float(r):.2f}" for r in ratio])
     assert float(ratio.log().abs().max()) < 0.35
     assert float(ratio.log().mean().abs()) < 0.12
+
+
+def test_what_images_say_of_a_coefficient_is_the_dense_diagonal(tiny: tuple[VoxelPosterior, Tensor]) -> None:
+    """Of u, on the frequencies of the cube: every second point of the spectrum's."""
+    posterior, _ = tiny
+    b = len(posterior.scale)
+    basis = torch.eye(b**3).view(-1, b, b, b)
+    told = posterior.scale * convolve(posterior.spectrum, posterior.scale * basis)
+    columns = torch.fft.fftn(told, dim=(1, 2, 3), norm="ortho").flatten(1).conj()
+    transform = torch.fft.fftn(basis, dim=(1, 2, 3), norm="ortho").flatten(1)
+    dense = (columns * transform).sum(0).real.view(b, b, b)[..., : b // 2 + 1]
+    found = coefficient_information(posterior.spectrum, posterior.scale)[::2, ::2, ::2]
+    torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-4 * float(dense.max()))
 
 
 def test_the_share_that_the_images_determine_is_that_of_the_dense_posterior(
