@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.batch import AT_ONCE, Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.pixels import window_power
 from pyro_cryo.inference.draws import drawn, picked, predicted
@@ -41,7 +41,6 @@ NAMES: dict[str, list[Any]] = {
 }
 UNITS = {"translation": "pixels of the model's box", "turn": "degrees", "log_weight": "nats", "log_evidence": "nats"}
 OF_PARTICLES = ("pareto_k", "log_evidence", "corrected")  # the same at every draw
-AT_ONCE = 1 << 18  # coefficients of images that are looked at together
 TREMOR = 1e-4  # nats of noise on log likelihoods that are the same at every draw, which ArviZ takes for a failure
 
 
