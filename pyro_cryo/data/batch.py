@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pyro_cryo.physics.fourier import HalfPlane
 
+AT_ONCE = 1 << 18  # coefficients of images that are looked at together
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -109,6 +111,18 @@ class Batch:
         return replace(self[rows], particle=particle, shown=self.shown[self.particle[rows]][first], size=len(first))
 
     @property
+    def times_at_once(self) -> int:
+        """How many copies of its images are looked at together."""
+        return max(1, AT_ONCE // self.ctf.numel())
+
+    def again(self, times: int) -> Batch:
+        """Every image so many times, beside each other: each copy of a particle is a particle of its own."""
+        if times == 1:
+            return self
+        image, copy = (torch.arange(count, device=self.index.device) for count in (len(self), times))
+        return self.copies(image.repeat_interleave(times), copy.repeat(len(self)))
+
+    @property
     def views(self) -> Tensor:
         """(n,) how many images each particle has."""
         return self.by_particle(torch.ones_like(self.freq_scale))
@@ -138,6 +152,16 @@ class Batch:
         )
         noise_scale = None if self.noise_scale is None else self.noise_scale[:, part]
         return replace(self, half=half, image=self.image[:, part], ctf=self.ctf[:, part], noise_scale=noise_scale)
+
+
+def of_copies(values: Tensor, times: int) -> Tensor:
+    """What images or particles have that are there `times` times: (n times, *event) -> (times, n, *event)."""
+    return values.unflatten(0, (-1, times)).movedim(1, 0)
+
+
+def to_copies(values: Tensor) -> Tensor:
+    """And back: (times, n, *event) -> (n times, *event)."""
+    return values.movedim(0, 1).flatten(0, 1)
 
 
 def first_of(number: Tensor, count: int) -> Tensor:

@@ -49,9 +49,14 @@ class PoseGaussians(Rows):
     @staticmethod
     def about(modes: PoseModes, px: Tensor) -> PoseGaussians:
         """The components (n, K) of modes, in pixels of which px (n,) make one of the modes'."""
+        return PoseGaussians(modes.rotation, modes.translation, covariance_factor(modes.precision)).scaled(px)
+
+    def scaled(self, px: Tensor) -> PoseGaussians:
+        """Components (n, K) in pixels of which px (n,) make one of theirs."""
         unit = torch.cat([torch.ones_like(px)[:, None].expand(-1, 3), px[:, None].expand(-1, 2)], 1)
-        scaled = covariance_factor(modes.precision) * unit[:, None, :, None]
-        return PoseGaussians(modes.rotation, modes.translation * px[:, None, None], scaled)
+        return replace(
+            self, translation=self.translation * px[:, None, None], factor=self.factor * unit[:, None, :, None]
+        )
 
     @property
     def turn(self) -> TangentNormal:
@@ -93,6 +98,11 @@ def log_shares(
     return log_weight[first] + turn + batch.by_particle(shift, -2)
 
 
+def normalised(log_weight: Tensor) -> Tensor:
+    """Log weights (n, K) of components, finite."""
+    return log_weight.log_softmax(-1).clamp_min(LEAST)
+
+
 class PoseMixture(nn.Module):
     """Samples `rotation` and `translation` from the modes of each image; it has no parameters.
 
@@ -119,8 +129,7 @@ class PoseMixture(nn.Module):
     def of(self, batch: Batch) -> tuple[PoseGaussians, Tensor]:
         """The components (B, K) of a batch's images, translations as the batch has them, and log weights (B, K)."""
         modes = self.rows(batch)
-        weight = modes.log_weight.log_softmax(-1).clamp_min(LEAST)
-        return PoseGaussians.about(modes, batch.freq_scale), weight
+        return PoseGaussians.about(modes, batch.freq_scale), normalised(modes.log_weight)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sample poses; rotation (B, 3, 3) and translation (B, 2) of the images, or (K, B, ...) where enumerated."""

@@ -19,20 +19,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.batch import Batch, of_copies, to_copies
 from pyro_cryo.guides.moments import even_points, normal_rule, weighted_moments
-from pyro_cryo.guides.pose_mixture import LEAST
+from pyro_cryo.guides.pose_mixture import normalised
 from pyro_cryo.guides.poses import PoseModes, covariance_factor
 from pyro_cryo.physics.rotations import log
 
-LogRatio = Callable[[Batch, Tensor, Tensor, Tensor], Tensor]
+LogRatio = Callable[[Batch, Tensor, Tensor], Tensor]
 
 
 def matched(modes: PoseModes, batch: Batch, log_ratio: LogRatio, draws: int = 128, seed: int = 0) -> PoseModes:
     """The modes (B, K) of a batch's images after one step, from an even number of draws of each component.
 
-    log_ratio: log p(images, pose) - log q(pose) (n,) of each particle of a batch, given that, the rows (B,) of these
-               images among the modes, and poses (B, 3, 3), (B, 2), in pixels of the modes
+    log_ratio: log p(images, pose) - log q(pose) (n,) of each particle of a batch, given that and poses (B, 3, 3),
+               (B, 2) in pixels of the modes; batches are copies of these images
     """
     image, mode = modes.log_weight.isfinite().nonzero(as_tuple=True)
     some = batch.copies(image, mode)
@@ -43,13 +43,19 @@ def matched(modes: PoseModes, batch: Batch, log_ratio: LogRatio, draws: int = 12
         torch.zeros_like(modes.log_weight[image, :1]),
     )
     white, chance = _points(some, draws, seed)
-    poses = [own.placed(torch.zeros_like(one[:, 0]), one, some) for one in white]
-    log_share = chance.log()[:, None] + torch.stack([log_ratio(some, image, *pose) for pose in poses])
-    log_weight = modes.log_weight.log_softmax(1).clamp_min(LEAST)
+    poses, ratios = [], []
+    for part in white.split(some.times_at_once):
+        copies, which = some.again(len(part)), torch.arange(len(own.log_weight)).repeat_interleave(len(part))
+        posed = own[which].placed(torch.zeros_like(which), to_copies(part), copies)
+        ratios.append(of_copies(log_ratio(copies, *posed), len(part)))
+        poses.append([of_copies(value, len(part)) for value in posed])
+    rotation, translation = (torch.cat(values) for values in zip(*poses, strict=True))
+    log_share = chance.log()[:, None] + torch.cat(ratios)
+    log_weight = normalised(modes.log_weight)
     log_mass = torch.full_like(log_weight, -torch.inf)
     log_mass[image, mode] = log_weight[image, mode] + some.of_images(log_share.logsumexp(0))
     factor = covariance_factor(own.precision[:, 0])
-    away = torch.stack([torch.cat([log(r @ own.rotation[:, 0].mT), t - own.translation[:, 0]], 1) for r, t in poses])
+    away = torch.cat([log(rotation @ own.rotation[:, 0].mT), translation - own.translation[:, 0]], -1)
     points = torch.linalg.solve_triangular(factor, away[..., None], upper=False)[..., 0]
     mean, covariance = weighted_moments(points, some.of_images(log_share.softmax(0), 1))
     covariance = (factor @ covariance @ factor.mT).double()

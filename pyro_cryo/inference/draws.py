@@ -10,6 +10,7 @@ the tail says so (`pyro_cryo.inference.importance`).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.batch import Batch, of_copies, to_copies
 from pyro_cryo.inference.importance import GOOD, pareto_smoothed, resampled
 
 if TYPE_CHECKING:
@@ -58,19 +59,14 @@ def drawn(run: Run, batch: Batch, draws: int, weighed: int = 0) -> Draws:
     if not 0 <= weighed <= draws or draws < 1:
         raise ValueError(f"{weighed} of {draws} draws are to be weighed; expected 0 or more, of 1 or more")
     with torch.no_grad(), pyro.validation_enabled(False):
-        traces = _traces(run, batch, draws)
-        together = torch.cat if run.poses is None else torch.stack
-        latent = latent_of(traces[0])
-        names = [name for name, node in latent if of_particles(node) and not node["infer"].get("is_auxiliary")]
-        sites = {name: together([trace.nodes[name]["value"] for trace in traces]) for name in names}
-        shared = {name: node["fn"].mean for name, node in latent if not of_particles(node)}
-        log_weight = batch.image.new_zeros(weighed, batch.particles)
-        if weighed:
-            guessed = together([log_density(trace, batch) for trace in traces[:weighed]])
-            log_weight -= guessed if guessed.ndim == 1 else guessed[:weighed]  # one for all where nothing is guessed
-        for s in range(weighed):
-            given = shared | {name: value[s] for name, value in sites.items()}
-            log_weight[s] += log_density(trace_of(poutine.condition(run.model, given), batch), batch)
+        together = torch.arange(draws).split(draws if run.poses is None else batch.times_at_once)
+        guesses = [_guessed(run, batch, len(part), int(part[0]) < weighed) for part in together]
+        sites = {name: torch.cat([guess.sites[name] for guess in guesses]) for name in guesses[0].sites}
+        log_weight, shared = torch.cat([guess.log_weight for guess in guesses])[:weighed], guesses[0].shared
+        for part in torch.arange(weighed).split(batch.times_at_once) if weighed else ():
+            copies, given = batch.again(len(part)), {name: to_copies(value[part]) for name, value in sites.items()}
+            told = trace_of(poutine.condition(run.model, shared | given), copies)
+            log_weight[part] += of_copies(log_density(told, copies), len(part))
     return Draws(sites, log_weight, shared)
 
 
@@ -120,12 +116,27 @@ def latent_of(trace: Any) -> list[tuple[str, Any]]:
     return [(name, trace.nodes[name]) for name in trace.stochastic_nodes if name != "particles"]
 
 
-def _traces(run: Run, batch: Batch, draws: int) -> list[Any]:
-    """The guide's: one of all draws where it looks at the images from known poses, else one for each drawn pose."""
-    if run.poses is not None:
-        return [trace_of(run.guide, batch) for _ in range(draws)]
-    with pyro.plate("draws", draws, dim=-2), poutine.block(hide_fn=lambda node: not of_particles(node)):
-        return [trace_of(run.guide, batch)]
+def _guessed(run: Run, batch: Batch, draws: int, weighed: bool) -> Draws:
+    """What the guide draws; log_weight is -log q, if it is asked for.
+
+    One look at images in known poses serves all draws; else each has a pose, and copies of the images, of its own.
+    """
+    once = run.poses is None
+    looked = batch if once else batch.again(draws)
+    plate = pyro.plate("draws", draws, dim=-2) if once else nullcontext()
+    with plate, poutine.block(hide_fn=lambda node: not of_particles(node)):
+        trace = trace_of(run.guide, looked)
+
+    def each(values: Tensor) -> Tensor:
+        return values if once else of_copies(values, draws)
+
+    latent = latent_of(trace)
+    mine = [(name, node) for name, node in latent if of_particles(node) and not node["infer"].get("is_auxiliary")]
+    sites = {name: each(node["value"]) for name, node in mine}
+    shared = {name: node["fn"].mean for name, node in latent if not of_particles(node)}
+    density = each(log_density(trace, looked)) if weighed else batch.image.new_zeros(0, batch.particles)
+    # one for all where nothing is guessed
+    return Draws(sites, -density.expand(draws, -1) if weighed else density, shared)
 
 
 def _at(value: Tensor, draw: Tensor, batch: Batch) -> Tensor:

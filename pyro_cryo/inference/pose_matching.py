@@ -7,6 +7,7 @@ draws have weights that vary. For some particles, whose posterior is asked for, 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyro
@@ -15,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.guides.pose_mixture import PosedGuide, PoseMixture
+from pyro_cryo.guides.pose_mixture import PosedGuide, PoseGaussians, PoseMixture, normalised
 from pyro_cryo.guides.pose_moments import matched
 from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.draws import latent_of, log_density, of_particles, trace_of
@@ -30,18 +31,15 @@ def with_matched_poses(run: Run, batch: Batch) -> Run:
     """The run whose guide has masses and moments of the posteriors of a batch's poses, and of no others."""
     assert isinstance(run.guide, PosedGuide)
     modes = run.guide.poses.rows(batch)
-
-    def log_ratio(some: Batch, row: Tensor, rotation: Tensor, translation: Tensor) -> Tensor:
-        pose = {"rotation": rotation[some.first], "translation": translation * some.freq_scale[:, None]}
-        return _log_weight(_at(run, modes[row]), some, pose)
-
     for seed in range(ROUNDS):
-        modes = matched(modes, batch, log_ratio, seed=seed)
-    return _at(run, modes)
+        found = _at(run, batch, modes)
+        modes = matched(modes, batch, partial(_log_weight, found), seed=seed)
+    return _at(run, batch, modes)
 
 
-def _log_weight(run: Run, batch: Batch, pose: dict[str, Tensor]) -> Tensor:
-    """log p(images, latent) - log q(latent) (n,) at a pose, what else is latent drawn given it."""
+def _log_weight(run: Run, batch: Batch, rotation: Tensor, translation: Tensor) -> Tensor:
+    """log p(images, latent) - log q(latent) (n,) at poses in pixels of the modes, what else is latent drawn there."""
+    pose = {"rotation": rotation[batch.first], "translation": translation * batch.freq_scale[:, None]}
     assert run.guide is not None
     with torch.no_grad(), pyro.validation_enabled(False):
         guess = trace_of(poutine.condition(run.guide, pose), batch)
@@ -50,14 +48,28 @@ def _log_weight(run: Run, batch: Batch, pose: dict[str, Tensor]) -> Tensor:
         return log_density(told, batch) - log_density(guess, batch)
 
 
-def _at(run: Run, modes: PoseModes) -> Run:
-    """The run with modes (B, K) of the images of one batch."""
+def _at(run: Run, batch: Batch, modes: PoseModes) -> Run:
+    """The run with modes (B, K) of a batch's images, and of no others."""
     assert isinstance(run.guide, PosedGuide)
-    return replace(run, guide=PosedGuide(_OfBatch(modes, enumerated=False), run.guide.rest, run.guide.draws))
+    return replace(run, guide=PosedGuide(_OfSome(batch.index, modes), run.guide.rest, run.guide.draws))
 
 
-class _OfBatch(PoseMixture):
-    """Modes of the images of one batch, in its order."""
+class _OfSome(PoseMixture):
+    """Modes (B, K) of images with the rows index (B,) in their Particles: looked at again and again."""
+
+    def __init__(self, index: Tensor, modes: PoseModes) -> None:
+        index, order = index.sort()
+        super().__init__(modes[order], enumerated=False)
+        self.index = index
+        pixel = torch.ones_like(self.modes.rotation[:, 0, 0, 0])
+        self._components = PoseGaussians.about(self.modes, pixel), normalised(self.modes.log_weight)
 
     def rows(self, batch: Batch) -> PoseModes:
-        return self.modes
+        return self.modes[self._row(batch)]
+
+    def of(self, batch: Batch) -> tuple[PoseGaussians, Tensor]:
+        row, (gaussians, log_weight) = self._row(batch), self._components
+        return gaussians[row].scaled(batch.freq_scale), log_weight[row]
+
+    def _row(self, batch: Batch) -> Tensor:
+        return torch.searchsorted(self.index, batch.index)

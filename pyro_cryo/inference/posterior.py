@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_cryo.data.batch import Batch
+from pyro_cryo.data.batch import AT_ONCE, Batch
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.data.pixels import window_power
 from pyro_cryo.inference.draws import drawn, picked, predicted
@@ -41,7 +41,7 @@ NAMES: dict[str, list[Any]] = {
 }
 UNITS = {"translation": "pixels of the model's box", "turn": "degrees", "log_weight": "nats", "log_evidence": "nats"}
 OF_PARTICLES = ("pareto_k", "log_evidence", "corrected")  # the same at every draw
-AT_ONCE = 1 << 18  # coefficients of images that are looked at together
+COPIES = 16  # of images whose poses are drawn: what several read of a grid stays in a processor's cache
 TREMOR = 1e-4  # nats of noise on log likelihoods that are the same at every draw, which ArviZ takes for a failure
 
 
@@ -68,7 +68,7 @@ def posterior(
                 (`inference.pose_matching`), 400 looks at each mode of an image
     predictive: so many of them have images that the model makes of them, which are large
     batch_size: images looked at together, which bounds what is in memory beside the result (default: as many as have
-                260,000 coefficients)
+                260,000 coefficients, copies for draws of poses counted)
 
     posterior:      z, contrast; where poses are not known rotation (volume axes to view axes), turn (rotation vector
                     from the best pose) and translation; sigma of the noise, given all else
@@ -95,7 +95,9 @@ def posterior(
     parts = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        batch_size = max(1, AT_ONCE // len(particles.half)) if batch_size is None else batch_size
+        if batch_size is None:
+            copies = 1 if run.poses is None else COPIES
+            batch_size = max(1, AT_ONCE // (copies * len(particles.half)))
         batches = run.batches(particles, batch_size)
         for batch in progress(batches, particles.n_batches(batch_size), "posterior"):
             parts.append(_of_batch(run, batch, draws, weighed, corrected, predictive, generator))

@@ -58,8 +58,10 @@ def test_a_mixture_is_found_from_another_that_is_near(batch: Batch) -> None:
         *moved(truth.rotation, truth.translation, aside), 1.3 * truth.precision, torch.full((IMAGES, 2), 0.5).log()
     )
 
-    def log_ratio(some: Batch, row: Tensor, rotation: Tensor, translation: Tensor) -> Tensor:
-        return log_density(truth, row, rotation, translation) - log_density(modes, row, rotation, translation)
+    def log_ratio(some: Batch, rotation: Tensor, translation: Tensor) -> Tensor:
+        return log_density(truth, some.index, rotation, translation) - log_density(
+            modes, some.index, rotation, translation
+        )
 
     for seed in range(3):
         modes = matched(modes, batch, log_ratio, seed=seed)
@@ -77,8 +79,10 @@ def test_components_of_one_peak_share_it(batch: Batch) -> None:
     three = PoseModes(*(value.repeat(1, 3, *[1] * (value.dim() - 2)) for value in one.tensors))
     three.log_weight[:] = torch.tensor([0.0, 0.0, -torch.inf])
 
-    def log_ratio(some: Batch, row: Tensor, rotation: Tensor, translation: Tensor) -> Tensor:
-        return log_density(one, row, rotation, translation) - log_density(three, row, rotation, translation)
+    def log_ratio(some: Batch, rotation: Tensor, translation: Tensor) -> Tensor:
+        return log_density(one, some.index, rotation, translation) - log_density(
+            three, some.index, rotation, translation
+        )
 
     found = matched(three, batch, log_ratio)
     expected = torch.tensor([0.5, 0.5, 0.0]).expand(IMAGES, 3)
