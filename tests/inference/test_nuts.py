@@ -19,7 +19,7 @@ from tests.images import hinge_images
 
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
-    return hinge_images(tmp_path_factory.mktemp("nuts") / "case", 9, 150, 16, 1.0)
+    return hinge_images(tmp_path_factory.mktemp("nuts") / "case", 9, 150, 24, 1.0)  # 16 px tell of one component
 
 
 def test_it_samples_the_exact_posterior_of_a_linear_model(particles: Particles) -> None:

@@ -46,7 +46,7 @@ class Elsewhere(nn.Module):
 
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
-    return hinge_images(tmp_path_factory.mktemp("posterior") / "case", 9, 150, 16, 1.0)
+    return hinge_images(tmp_path_factory.mktemp("posterior") / "case", 9, 150, 24, 1.0)  # 16 px tell of one component
 
 
 @pytest.fixture(scope="module")
