@@ -15,7 +15,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.distributions import ShellNormal
 from pyro_cryo.inference.map_draws import StillDraw, still_draws
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
-from pyro_cryo.model import CryoModel, Density, refuse_other_stories
+from pyro_cryo.model import CryoModel, Density, DrawPoses, refuse_other_stories
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import fourier_grid, read_grid
 from pyro_cryo.progress import Progress, quiet
@@ -76,10 +76,10 @@ class Homogeneous(CryoModel):
         self.reconstruction = found
 
     def posterior_draws(
-        self, particles: Particles, seed: int = 0, progress: Progress = quiet
+        self, particles: Particles, seed: int = 0, progress: Progress = quiet, poses: DrawPoses | None = None
     ) -> Iterator[StillDraw] | None:
         symmetry = self.symmetry.to(self.tau.device)
-        return still_draws(particles, self.sigma.detach(), self.consensus_prior, symmetry, seed, progress)
+        return still_draws(particles, self.sigma.detach(), self.consensus_prior, symmetry, seed, progress, poses)
 
     @property
     def consensus_prior(self) -> MapPrior:

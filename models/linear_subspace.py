@@ -19,7 +19,7 @@ from pyro_cryo.inference.em import Maps
 from pyro_cryo.inference.family import Family, FamilySolver, motion_side, with_band
 from pyro_cryo.inference.map_draws import FamilyDraw, family_draws
 from pyro_cryo.inference.reconstruct import Reconstruction, reconstruct
-from pyro_cryo.model import CryoModel, Density, form_image, refuse_other_stories
+from pyro_cryo.model import CryoModel, Density, DrawPoses, form_image, refuse_other_stories
 from pyro_cryo.physics.rotations import point_group
 from pyro_cryo.physics.slices import slice_coordinates
 from pyro_cryo.progress import Progress, quiet
@@ -139,12 +139,13 @@ class LinearSubspace(CryoModel):
         return self.consensus.map(z) + self.volume.map(y)
 
     def posterior_draws(
-        self, particles: Particles, seed: int = 0, progress: Progress = quiet
+        self, particles: Particles, seed: int = 0, progress: Progress = quiet, poses: DrawPoses | None = None
     ) -> Iterator[FamilyDraw] | None:
         if not len(self.prior.tau):
             raise ValueError(f"the maps of this {type(self).__name__} are not fitted yet; let the fit finish first")
         maps = Maps(self.volume.components, self.prior.scale, self.sigma.detach(), self.prior.tau)
-        return family_draws(particles, maps, self.coefficients, self.consensus_prior, self.symmetry, seed, progress)
+        how = (self.coefficients, self.consensus_prior, self.symmetry, seed, progress, poses)
+        return family_draws(particles, maps, *how)
 
     def write_results(self, folder: Path, particles: Particles) -> None:
         """Of the consensus: map, sd, half1, half2, mask (.mrc) and the half-maps' FSC (fsc.tsv)."""

@@ -38,6 +38,7 @@ from pyro_cryo.progress import Progress, quiet
 from pyro_cryo.volumes.conjugate import component_sd
 
 Density = Callable[[Tensor, Tensor | None], Tensor]
+DrawPoses = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # rotation (N, 3, 3), translation (N, 2) of all images
 
 
 class MapDraw(Protocol):
@@ -151,11 +152,13 @@ class CryoModel(nn.Module):
         """Write what this model leaves in a finished run, beside the latents and the particles."""
 
     def posterior_draws(
-        self, particles: Particles, seed: int = 0, progress: Progress = quiet
+        self, particles: Particles, seed: int = 0, progress: Progress = quiet, poses: DrawPoses | None = None
     ) -> Iterator[MapDraw] | None:
         """Draws without end of the map and of all particles' z, from their posterior given the particles.
 
         None where the map has no posterior: a network's is a point.
+
+        poses: draws poses from their posterior, those of one draw of the map; default: they are the particles' own
         """
         return None
 

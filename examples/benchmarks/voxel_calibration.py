@@ -1,6 +1,6 @@
 """Is the standard deviation of a voxel right? Errors of maps over their posterior sd, for maps drawn from the prior.
 
-    python examples/benchmarks/voxel_calibration.py [--images 2000] [--box 32] [--snr 0.1] [--seeds 3] [--mask given]
+    python examples/benchmarks/voxel_calibration.py [--images 2000] [--box 32] [--snr 0.1] [--mask given] [--off 2]
 
 Maps scale * u, u ~ ShellNormal(tau), are drawn, of one state and of a family V_0 + z_1 U_1 + z_2 U_2, and images of
 them simulated, in whose projections no error of the package's own is. Both are fitted as a user would fit them: noise,
@@ -11,6 +11,8 @@ a z is off by is the same in all shells of a particle's map.
 
 --mask: support, that of the prior from which maps were drawn; given, a solvent mask about it, as a user would make one;
         auto and none, as of `pyro-cryo fit`.
+--off:  degrees about each axis, and half as many pixels, by which the table's poses are off; they are then refined, and
+        every draw of a map has poses of its own.
 --case: images with true maps (truth.npz beside the .star, as `pyro-cryo simulate` writes) in place of drawn ones.
 """
 
@@ -41,6 +43,8 @@ from pyro_cryo.model import CryoModel
 from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.fourier import soft_disc
+from pyro_cryo.physics.rotations import exp
+from pyro_cryo.pose import PoseAbout
 
 APIX = 4.0
 STATES = 500
@@ -159,7 +163,24 @@ def run_of(
         mask = str(folder / "mask.mrc")
         write_map(mask, GIVEN[args.mask](args.box), APIX)
     star = simulate(source, folder / "case", n_images=args.images, box=args.box, snr=args.snr, seed=seed)
-    return fitted(model(mask), Particles.open(star), seed), truth_of(star)
+    particles, ready = Particles.open(star), model(mask)
+    if args.off:
+        particles = misplaced(particles, args.off, seed)
+        ready.poses = PoseAbout(args.off, args.off / 2)
+    return fitted(ready, particles, seed), truth_of(star)
+
+
+def misplaced(particles: Particles, off: float, seed: int) -> Particles:
+    """Images whose table is off by Gaussians of this sd, degrees about each axis and half as many pixels.
+
+    On average they stay where they are: a map in a frame of its own is not what is asked about.
+    """
+    noise = torch.randn(len(particles), 5, generator=torch.Generator().manual_seed(seed))
+    turn, shift = torch.deg2rad(off * noise[:, :3]), 0.5 * off * noise[:, 3:]
+    rotation, across = particles.rotation, particles.rotation[:, :2].flatten(0, 1)
+    turn = turn - rotation @ (rotation.mT @ turn[..., None]).mean(0)[:, 0]
+    shift = shift - (across @ torch.linalg.lstsq(across, shift.flatten()[:, None]).solution).view_as(shift)
+    return particles.with_poses(exp(turn) @ rotation, particles.translation + shift)
 
 
 def truth_of(star: Path) -> Truth:
@@ -193,6 +214,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--particles", type=int, default=100, help="at whose z the maps of a family are taken")
     parser.add_argument("--mask", choices=(*GIVEN, "auto", "none"), default="given")
+    parser.add_argument("--off", type=float, default=0.0, help="of the table's poses, degrees about each axis")
     parser.add_argument("--kinds", nargs="+", choices=("one", "family"), default=["one", "family"])
     parser.add_argument("--case", type=Path, nargs="+", default=[], help=".star files of cases with truth.npz")
     args = parser.parse_args()

@@ -60,8 +60,6 @@ def run(asked: argparse.Namespace) -> None:
         print(f"where particle {asked.index} may lie is in {pose.name}")
     if not maps_have_posterior(found):
         print(f"{type(found.model).__name__} maps have no posterior of their own: this spread is of z alone")
-    if found.poses is not None:
-        print("poses are taken at their best: what is not known of them is not in the sd of a voxel")
     if found.model.zdim == 0:
         spread = write_fsc_spread(found, asked.out, asked.draws, asked.seed, progress)
         fine, coarse = resolution_range(spread, found.apix)

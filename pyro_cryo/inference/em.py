@@ -91,6 +91,12 @@ class EM:
     def _read(self) -> Iterable[Batch]:
         return self.particles.batches(self.batch_size, device=self.device)
 
+    def place(self, rotation: Tensor, translation: Tensor) -> None:
+        """Other poses of the images: (N, 3, 3), (N, 2) in pixels of the maps' box."""
+        self.particles = self.particles.with_poses(rotation, translation)
+        if self._kept is not None:
+            self._kept = list(self._read())
+
     def begin(self, draw: Callable[[Moments], Moments]) -> None:
         """A pass with coefficients that are drawn, not inferred: from here the maps move."""
         score, self.mean, _ = self._expect(lambda said: draw(self.coefficients.moments(said)))

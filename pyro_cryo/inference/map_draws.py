@@ -1,10 +1,14 @@
-"""Draws of maps from their posterior given images, noise and prior as they were fitted, poses as they are.
+"""Draws of maps from their posterior given images, noise and prior as they were fitted.
 
 One map has a Gaussian posterior, and its draws are independent. In a family V(z) = sum_c y_c(z) V_c the z are not known
 either, and what the images would say of the maps if they were overstates what they do. So draws are a Gibbs chain on
 both (data augmentation: Tanner and Wong, J. Am. Stat. Assoc. 82 (1987) 528): given the maps, z and the contrast of
 every particle from their exact posterior; given these, all maps together (`volumes.joint`). It begins at the fitted
 maps, and each step is a pass over the images.
+
+Poses are as they are, or where they have posteriors drawn from these for each draw of the maps: multiple imputation
+(Rubin, Multiple Imputation for Nonresponse in Surveys, 1987). That takes a pose to be as sure in every draw as it is in
+the fitted map.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.coefficients import Coefficients, LinearCoefficients, Moments, Projected, Seen
 from pyro_cryo.inference.em import EM, Maps
 from pyro_cryo.inference.family import with_band
+from pyro_cryo.model import DrawPoses
 from pyro_cryo.physics.fourier import HalfPlane
 from pyro_cryo.physics.slices import channel_grid
 from pyro_cryo.progress import Progress, quiet
@@ -122,17 +127,28 @@ def still_draws(
     symmetry: Tensor,
     seed: int = 0,
     progress: Progress = quiet,
+    poses: DrawPoses | None = None,
 ) -> Iterator[StillDraw]:
-    """Independent draws of the map of all particles, after one pass over them; sigma (noise groups, D / 2 + 1)."""
+    """Independent draws of the map of all particles; sigma (noise groups, D / 2 + 1).
+
+    After one pass over them, or where each has poses of its own after one for every draw.
+    """
     generator = torch.Generator().manual_seed(seed)
-    equations = NormalEquations.empty(particles.box, sigma.device)
-    batches = particles.batches(BATCH, device=sigma.device)
-    for batch in progress(batches, particles.n_batches(BATCH), "posterior"):
-        equations.add(batch, sigma, symmetry)
-    posterior = equations.posterior(prior.scale, prior.tau, order=len(symmetry))
-    mean = posterior.to_map(posterior.mean(1e-3))
+
+    def posterior(images: Particles, shown: Progress) -> VoxelPosterior:
+        equations = NormalEquations.empty(images.box, sigma.device)
+        batches = images.batches(BATCH, device=sigma.device)
+        for batch in shown(batches, images.n_batches(BATCH), "posterior"):
+            equations.add(batch, sigma, symmetry)
+        return equations.posterior(prior.scale, prior.tau, order=len(symmetry))
+
+    given = posterior(particles, progress)
+    mean = given.mean(1e-3)
     while True:
-        yield StillDraw(mean + deviation(posterior, generator))
+        if poses is not None:
+            given = posterior(particles.with_poses(*poses(generator)), quiet)
+            mean = given.mean(1e-3, start=mean)
+        yield StillDraw(given.to_map(mean) + deviation(given, generator))
 
 
 def deviation(posterior: VoxelPosterior, generator: torch.Generator) -> Tensor:
@@ -151,20 +167,21 @@ def family_draws(
     symmetry: Tensor,
     seed: int = 0,
     progress: Progress = quiet,
+    poses: DrawPoses | None = None,
 ) -> Iterator[FamilyDraw]:
     """A chain of draws of a family's maps, each after one pass over the particles, `WARM_UP` passes before the first.
 
     maps:      as fitted, on b voxels, sigma that of the whole box (noise groups, D / 2 + 1)
     consensus: prior of the one map that is shown beyond b / 2
+    poses:     of every step, as if they owed nothing to the maps of the one before
     """
     generator, side = torch.Generator().manual_seed(seed), maps.box
     beyond: Iterator[StillDraw] | None = None
     if side < particles.box:
-        beyond = still_draws(particles, maps.sigma, consensus, symmetry, seed + 1, progress)
+        beyond = still_draws(particles, maps.sigma, consensus, symmetry, seed + 1, progress, poses)
     sigma = maps.sigma[:, : side // 2 + 1] * (side / particles.box)
-    chain = _Chain(
-        EM(replace(particles, box=side), replace(maps, sigma=sigma), coefficients, symmetry), coefficients, generator
-    )
+    em = EM(replace(particles, box=side), replace(maps, sigma=sigma), coefficients, symmetry)
+    chain = _Chain(em, coefficients, generator, poses, side / particles.box)
     chain.step()
     fitted = chain.mean
     for _ in progress(range(1, WARM_UP), WARM_UP - 1, "warm-up", unit="pass"):
@@ -190,16 +207,24 @@ def turn_of(coefficients: Coefficients, fitted: Tensor, drawn: Tensor) -> Tensor
 
 
 class _Chain:
-    """Steps of a Gibbs chain: `z` (N, r) and `em.maps` after one, `mean` (N, r) what z was expected to be in it."""
+    """Steps of a Gibbs chain: `z` (N, r) and `em.maps` after one, `mean` (N, r) what z was expected to be in it.
 
-    def __init__(self, em: EM, coefficients: Coefficients, generator: torch.Generator) -> None:
-        self.em, self.coefficients, self.generator = em, coefficients, generator
+    px: pixels of the maps' box in one of the poses' translations
+    """
+
+    def __init__(
+        self, em: EM, coefficients: Coefficients, generator: torch.Generator, poses: DrawPoses | None, px: float
+    ) -> None:
+        self.em, self.coefficients, self.generator, self.poses, self.px = em, coefficients, generator, poses, px
         self._z: list[Tensor] = []
         self._mean: list[Tensor] = []
 
     def step(self) -> None:
-        """z and contrasts given the maps, then the maps given these."""
+        """Poses where they are drawn; z and contrasts given the maps, then the maps given all these."""
         self._z, self._mean = [], []
+        if self.poses is not None:
+            rotation, translation = self.poses(self.generator)
+            self.em.place(rotation, self.px * translation)
         device = self.em.device
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))

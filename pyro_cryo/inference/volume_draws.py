@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,15 +36,17 @@ def volume_draws(
     z:     (zdim,) or (n, zdim): maps of the state that the run has at this z
     Neither for a model without z.
 
-    Noise, prior and poses are taken for known. Of one map draws are independent; of a family they are a chain, each
-    after a pass over the images. A network's map has no posterior: its draws differ by z
-    alone (`maps_have_posterior`), so that a given z leaves nothing to draw. Nothing of a map is local but what prior,
-    z and images make so: with mask "none" the sd of a homogeneous map is nearly the same at every voxel.
+    Noise and prior are taken for known; so are poses, unless they were found: then each draw has poses of its own, from
+    their posteriors. Of one map draws are independent; of a family they are a chain, each after a pass over the images.
+    A network's map has no posterior: its draws differ by z alone (`maps_have_posterior`), so that a given z leaves
+    nothing to draw. Nothing of a map is local but what prior, z and images make so: with mask "none" the sd of a
+    homogeneous map is nearly the same at every voxel.
 
     for volume in volume_draws(run, 50, index=12): ...
     """
     _check(run, draws, index, z)
-    found = run.model.posterior_draws(run.particles, seed, progress)
+    poses = None if run.poses is None else partial(run.poses.drawn, images=run.particles)
+    found = run.model.posterior_draws(run.particles, seed, progress, poses)
     if found is None:
         assert index is not None
         return _guided(run, draws, index, seed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pyro_cryo.data.simulate import simulate
 from pyro_cryo.distributions.volume import filter_shells
 from pyro_cryo.guides.coefficients import LinearCoefficients
 from pyro_cryo.guides.points import ClassesCoefficients
+from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.em import Maps
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.map_draws import family_draws, still_draws, turn_of
@@ -177,6 +180,27 @@ def test_half_maps_of_other_noise_agree_as_the_run_s_own(homogeneous_run: Path) 
     away = ((own - spread.mean) / spread.sd)[seen]
     print("the run's own FSC, in sd:", *[f"{float(a):.1f}" for a in away])
     assert float(away.abs().median()) < 2.5
+
+
+@pytest.mark.parametrize("zdim", [0, 1])
+def test_poses_that_are_not_known_leave_maps_less_sure(zdim: int, toy: Path) -> None:
+    """By what images tell of a map that are a little out of place; poses that are as good as known change nothing."""
+    model: CryoModel = LinearSubspace(16, zdim=zdim, contrast=0.0) if zdim else Homogeneous(16)
+    run = fit(model, Particles.open(toy, box=16))
+    middle = torch.zeros(zdim) if zdim else None
+
+    def spread(angle_deg: float) -> Tensor:
+        """sd by shell of draws of a map, at poses that are so unsure, and a tenth of it in pixels."""
+        sd = torch.tensor([math.radians(angle_deg)] * 3 + [0.1 * angle_deg] * 2)
+        single = PoseModes.single(run.particles.rotation, run.particles.translation)
+        modes = replace(single, precision=single.precision / sd.square().clamp_min(1e-8))
+        posed = run if not angle_deg else replace(run, poses=modes)
+        drawn = torch.stack(list(volume_draws(posed, 25, z=middle)))
+        return shell_sum(torch.fft.rfftn(drawn - drawn.mean(0), dim=(-3, -2, -1)).abs().square().sum(0))[1:-1].sqrt()
+
+    known, sure, unsure = spread(0.0), spread(0.01), spread(6.0)
+    torch.testing.assert_close(sure, known, rtol=0.15, atol=0)
+    assert float((unsure / known)[2:].min()) > 1.2
 
 
 def test_a_network_s_maps_differ_by_z_alone(cryodrgn_run: Path) -> None:
