@@ -14,15 +14,17 @@ from pyro_cryo.analysis import check_plots, plots
 from pyro_cryo.analysis.amortisation import amortisation
 from pyro_cryo.analysis.association import FEWEST as FEWEST_POSES
 from pyro_cryo.analysis.association import pose_association
-from pyro_cryo.analysis.calibration import sbc
+from pyro_cryo.analysis.calibration import Calibration, sbc
 from pyro_cryo.analysis.half_sets import half_sets
 from pyro_cryo.analysis.predictive import ImageFit, ResidualPower, residuals
+from pyro_cryo.analysis.voxels import half_map_scatter
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.exact import ExactGuide
 from pyro_cryo.guides.pose_mixture import PosedGuide
 from pyro_cryo.guides.semi_amortised import anywhere
 from pyro_cryo.inference.draws import drawn
 from pyro_cryo.inference.importance import GOOD
+from pyro_cryo.inference.pose_climb import about_its_poses, climbing
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import read_record
 from pyro_cryo.progress import Progress, quiet
@@ -39,6 +41,7 @@ TOLERATED = 0.05  # of the noise's power, that a residual may be off whatever th
 COLLAPSED = 0.05  # share of the variance of z between particles, below which z tells next to nothing
 JUNK = 0.01  # share of images that may fit badly
 SURE = 1e-3  # p at which what is seen is not put down to chance, as it is of 1 in 20 sound runs at 0.05
+SCATTERED = 0.15  # of the power by which half-maps differ, that it may be off
 LOST = 0.5  # nats a particle that an encoder may lose of the evidence
 OWN = 50  # particles that are given Gaussians of their own
 
@@ -75,11 +78,15 @@ def check(
     if has_z or run.poses is not None:
         questions.append(lambda: _weights(run, some, seed))
     if has_z:
-        questions += [lambda: _known(run), lambda: _amortised(run, seed), lambda: _calibrated(run, some, seed)]
+        questions += [lambda: _known(run), lambda: _amortised(run, seed)]
+    if has_z or run.poses is not None:
+        questions.append(lambda: _calibrated(run, some, seed))
+    if has_z:
         questions.append(lambda: _associated(run, many, seed))
         questions.append(lambda: _reproduced(run, seed, halves))
     answers = [answer for ask in progress(iter(questions), len(questions), "check") for answer in ask()]
     if not has_z:
+        answers += _scattered(run, seed)
         answers.append(_unasked("Does anything move?", "The fit is of one map: fit manifold, and hold both (compare)."))
     return answers
 
@@ -214,25 +221,68 @@ def _amortised(run: Run, seed: int) -> Iterator[Answer]:
 
 
 def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
-    question = "Are posteriors of z as wide as they should be?"
-    if run.poses is not None:
-        yield _unasked(question, "Poses of simulated images would have to be found first, one by one.")
+    """Of z, and where poses were found of these: simulated about the best, and climbed to."""
+    if run.poses is None:
+        found = sbc(run, particles, RANKED, seed)
+    else:
+        with about_its_poses(run) as near:
+            found = sbc(near, particles, RANKED, seed, guide=partial(climbing, near))
+    poses = ("rotation", "translation")
+    pose: dict[str, Calibration] = {name: found.pop(name) for name in poses if name in found}
+    if "z" in found:
+        z = found["z"]
+        yield _width(
+            "Are posteriors of z as wide as they should be?",
+            z,
+            found,
+            f"posteriors are {float(z.sharpness.mean()):.2f} as wide as the population.",
+            "what looks like two states may be one. A posterior as wide as the population knows nothing.",
+        )
+    if pose:
+        turn = pose["rotation"]
+        shift = pose["translation"].coverage(0.9)
+        yield _width(
+            "Are posteriors of poses as wide as they should be?",
+            turn,
+            pose,
+            f"of shifts {100 * float(shift.interval.mean()):.0f}%, in the peaks in which they were found.",
+            "draws of --corrected have the posterior's own width.",
+        )
+
+
+def _scattered(run: Run, seed: int) -> Iterator[Answer]:
+    """Of the one map of a model that is solved for."""
+    if not hasattr(run.model, "consensus_prior"):
         return
-    found = sbc(run, particles, RANKED, seed)
-    z = found["z"]
-    coverage = z.coverage(0.9)
-    interval, region = float(coverage.interval.mean()), float(coverage.region)
-    off = max(interval - 0.9, region - 0.9, key=abs)
-    error = coverage.error
+    found = half_map_scatter(run, seed=seed)
+    off = (found.ratio - 1)[1:-1]
+    worst = int(off.abs().argmax())
+    beyond = bool((off.abs() > torch.maximum(3 * found.sd[1:-1], torch.tensor(SCATTERED))).any())
     yield Answer(
+        "Are voxels as sure as they say?",
+        LOOK if beyond else SOUND,
+        f"The power of the half-maps' difference is {100 * float(found.ratio[1:-1].mean()):.0f}% of what noise of the "
+        f"images makes of it, {100 * float(found.ratio[1 + worst]):.0f}% in the shell that is farthest off.",
+        "Half-maps differ by what each half of the images does not tell; the sd of a voxel is that of both halves "
+        "together. Where they differ by more, images have noise that the model does not know of, or poses are off, and "
+        "voxels are less sure than they say.",
+        check_plots.half_map_scatter(found, run.apix),
+    )
+
+
+def _width(question: str, asked: Calibration, shown: dict[str, Calibration], more: str, narrow: str) -> Answer:
+    """What the ranks of simulated truths say; `more` and what it means where posteriors are too narrow."""
+    coverage = asked.coverage(0.9)
+    interval, region, error = float(coverage.interval.mean()), float(coverage.region), coverage.error
+    off = max(interval - 0.9, region - 0.9, key=abs)
+    return Answer(
         question,
         SOUND if abs(off) < max(0.05, 2 * error) else LOOK if off > -max(0.1, 3 * error) else BAD,
-        f"Of {len(z.ranks)} particles that the fitted model made itself {100 * interval:.0f}% of coordinates lie in "
-        f"their 90% intervals and {100 * region:.0f}% (+- {100 * error:.0f}) in their 90% regions; posteriors are "
-        f"{float(z.sharpness.mean()):.2f} as wide as the population.",
-        "Lines should stay in the band. Above it at the left and below it at the right, posteriors are too narrow: "
-        "what looks like two states may be one. A posterior as wide as the population knows nothing.",
-        check_plots.rank_deviation(found),
+        f"Of {len(asked.ranks)} particles that the fitted model made itself {100 * interval:.0f}% of coordinates lie "
+        f"in their 90% intervals and {100 * region:.0f}% (+- {100 * error:.0f}) in their 90% regions; {more}",
+        f"Lines should stay in the band. Above it at the left and below it at the right, posteriors are too narrow: "
+        f"{narrow}",
+        check_plots.rank_deviation(shown),
     )
 
 

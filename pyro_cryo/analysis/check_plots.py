@@ -29,6 +29,7 @@ from pyro_cryo.analysis.half_sets import HalfSets
 from pyro_cryo.analysis.latent import as_table, pca
 from pyro_cryo.analysis.plots import fsc_curves
 from pyro_cryo.analysis.predictive import ImageFit, ResidualPower
+from pyro_cryo.analysis.voxels import HalfMapScatter
 from pyro_cryo.inference.importance import GOOD
 
 if TYPE_CHECKING:
@@ -113,6 +114,20 @@ def residual_spectrum(found: ResidualPower, apix: float, level: float = 0.99) ->
     axes.set_xticks([1 / t for t in ticks], [f"{t:.3g}" for t in ticks])
     if 1 < len(found.power) <= len(COLOURS):
         axes.legend(frameon=False)
+    return figure
+
+
+def half_map_scatter(found: HalfMapScatter, apix: float) -> Figure:
+    """The power by which half-maps differ over what noise would make of it; three standard deviations by chance."""
+    figure, (axes,) = new_figure(1, 6.4, 3.8)
+    ratio, sd = as_numpy(found.ratio)[1:-1], 3 * as_numpy(found.sd)[1:-1]
+    s = np.arange(1, len(ratio) + 1) / (2 * (len(ratio) + 1) * apix)
+    axes.fill_between(s, 1 - sd, 1 + sd, color="0.88", lw=0, zorder=0, step="mid")
+    axes.axhline(1, color="0.6", lw=0.8, zorder=1)
+    axes.plot(s, ratio, color=BLUE, lw=1.4, marker="o", ms=3)
+    axes.set(xlim=(0, 0.5 / apix), xlabel="resolution (Å)", ylabel="power of the difference over the expected")
+    ticks = resolution_ticks(apix)
+    axes.set_xticks([1 / t for t in ticks], [f"{t:.3g}" for t in ticks])
     return figure
 
 

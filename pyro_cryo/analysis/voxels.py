@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_cryo.analysis import plots
-from pyro_cryo.analysis.fsc import fsc, resolution_angstrom
+from pyro_cryo.analysis.fsc import fsc, resolution_angstrom, shell_sum
 from pyro_cryo.data.mrc_map import write_map
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import write_atomically
-from pyro_cryo.inference.volume_draws import half_map_draws, volume_draws
+from pyro_cryo.inference.volume_draws import half_map_draws, half_maps_again, volume_draws
 from pyro_cryo.progress import Progress, quiet
 
 INNER = (0.05, 0.95)  # quantiles, 90% of the draws between them
@@ -61,6 +61,17 @@ class FSCSpread:
     low: Tensor
     high: Tensor
     draws: int
+
+
+@dataclass(frozen=True)
+class HalfMapScatter:
+    """How far apart half-maps lie, by shell (D / 2 + 1,), over how far noise of the images would part them.
+
+    ratio: of the power of their difference, 1 where the sd of voxels says what noise does; sd: of it, by chance
+    """
+
+    ratio: Tensor
+    sd: Tensor
 
 
 class Running:
@@ -137,6 +148,17 @@ def fsc_spread(pairs: Iterable[tuple[Tensor, Tensor]]) -> FSCSpread:
         raise ValueError(f"{len(curves)} draws have no spread; give 2 or more")
     low, high = curves.quantile(torch.tensor(INNER, dtype=curves.dtype), 0)
     return FSCSpread(curves.mean(0), curves.std(0), low, high, len(curves))
+
+
+def half_map_scatter(run: Run, draws: int = 30, seed: int = 0, progress: Progress = quiet) -> HalfMapScatter:
+    """Of one map: whether its half-maps differ as its posterior says that maps of half of the images do.
+
+    More, where images have noise that the model does not know of, or poses are off; draws: pairs of other noise.
+    """
+    pairs = half_maps_again(run, draws, seed, progress)
+    power = torch.stack([shell_sum(torch.fft.rfftn((a - b).double()).abs().square()) for a, b in pairs])
+    expected = power[1:].mean(0).clamp_min(1e-30)
+    return HalfMapScatter(power[0] / expected, power[1:].std(0) / expected)
 
 
 def write_uncertainty(

@@ -22,6 +22,11 @@ class ExactGuide(nn.Module):
         super().__init__()
         self._parts = (model, basis, coefficients)
 
+    @property
+    def family(self) -> tuple[VoxelBasis, Coefficients]:
+        """The maps and the coefficients that combine them."""
+        return self._parts[1:]
+
     def seen(self, batch: Batch) -> Seen:
         """What the images of each particle say about its coefficients (n,), within the band of the basis."""
         model, basis, _ = self._parts

@@ -147,6 +147,27 @@ class PoseMixture(nn.Module):
         return rotation, translation
 
 
+class OfImages(PoseMixture):
+    """Modes (B, K) of images that have the rows index (B,) in their Particles: looked at again and again."""
+
+    def __init__(self, index: Tensor, modes: PoseModes) -> None:
+        index, order = index.sort()
+        super().__init__(modes[order], enumerated=False)
+        self.index = index
+        pixel = torch.ones_like(self.modes.rotation[:, 0, 0, 0])
+        self._components = PoseGaussians.about(self.modes, pixel), normalised(self.modes.log_weight)
+
+    def rows(self, batch: Batch) -> PoseModes:
+        return self.modes[self._row(batch)]
+
+    def of(self, batch: Batch) -> tuple[PoseGaussians, Tensor]:
+        row, (gaussians, log_weight) = self._row(batch), self._components
+        return gaussians[row].scaled(batch.freq_scale), log_weight[row]
+
+    def _row(self, batch: Batch) -> Tensor:
+        return torch.searchsorted(self.index, batch.index)
+
+
 class PosedGuide(nn.Module):
     """q(pose | image) q(z | image, pose): a guide of z that looks at each image from the pose drawn for it.
 

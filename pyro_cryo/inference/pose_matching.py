@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
-from pyro_cryo.guides.pose_mixture import PosedGuide, PoseGaussians, PoseMixture, normalised
+from pyro_cryo.guides.pose_mixture import OfImages, PosedGuide
 from pyro_cryo.guides.pose_moments import matched
 from pyro_cryo.guides.poses import PoseModes
 from pyro_cryo.inference.draws import latent_of, log_density, of_particles, trace_of
@@ -51,25 +51,4 @@ def _log_weight(run: Run, batch: Batch, rotation: Tensor, translation: Tensor) -
 def _at(run: Run, batch: Batch, modes: PoseModes) -> Run:
     """The run with modes (B, K) of a batch's images, and of no others."""
     assert isinstance(run.guide, PosedGuide)
-    return replace(run, guide=PosedGuide(_OfSome(batch.index, modes), run.guide.rest, run.guide.draws))
-
-
-class _OfSome(PoseMixture):
-    """Modes (B, K) of images with the rows index (B,) in their Particles: looked at again and again."""
-
-    def __init__(self, index: Tensor, modes: PoseModes) -> None:
-        index, order = index.sort()
-        super().__init__(modes[order], enumerated=False)
-        self.index = index
-        pixel = torch.ones_like(self.modes.rotation[:, 0, 0, 0])
-        self._components = PoseGaussians.about(self.modes, pixel), normalised(self.modes.log_weight)
-
-    def rows(self, batch: Batch) -> PoseModes:
-        return self.modes[self._row(batch)]
-
-    def of(self, batch: Batch) -> tuple[PoseGaussians, Tensor]:
-        row, (gaussians, log_weight) = self._row(batch), self._components
-        return gaussians[row].scaled(batch.freq_scale), log_weight[row]
-
-    def _row(self, batch: Batch) -> Tensor:
-        return torch.searchsorted(self.index, batch.index)
+    return replace(run, guide=PosedGuide(OfImages(batch.index, modes), run.guide.rest, run.guide.draws))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -66,7 +67,7 @@ def posterior(
     corrected:  weigh all, and pick draws by their weights where k is below 0.7: then they are the exact posterior's.
                 Of poses that were found the guide is matched to the posterior's masses and moments first
                 (`inference.pose_matching`), 400 looks at each mode of an image
-    predictive: so many of them have images that the model makes of them, which are large
+    predictive: so many of them have images that the model makes of them, which are large: they lie in a temporary file
     batch_size: images looked at together, which bounds what is in memory beside the result (default: as many as have
                 260,000 coefficients, copies for draws of poses counted)
 
@@ -98,16 +99,29 @@ def posterior(
         if batch_size is None:
             copies = 1 if run.poses is None else COPIES
             batch_size = max(1, AT_ONCE // (copies * len(particles.half)))
+        count = {"posterior_predictive": predictive, "observed_data": min(predictive, 1)}
+        images = {group: _on_disk(s, len(particles), len(particles.half), 2) for group, s in count.items() if s}
+        done = 0
         batches = run.batches(particles, batch_size)
         for batch in progress(batches, particles.n_batches(batch_size), "posterior"):
-            parts.append(_of_batch(run, batch, draws, weighed, corrected, predictive, generator))
+            part = _of_batch(run, batch, draws, weighed, corrected, predictive, generator)
+            for group, all_images in images.items():
+                all_images[:, done : done + len(batch)] = part.pop(group)["image"]
+            done += len(batch)
+            parts.append(part)
         sigma = noise_draws(run, draws)
     tables = {
         group: {name: torch.cat([part[group][name] for part in parts], 1) for name in table}
         for group, table in parts[0].items()
-    }
+    } | {group: {"image": all_images} for group, all_images in images.items()}
     names = range(particles.n_particles) if index is None else index
     return as_arviz(tables, sigma, names, described(run, particles), particles.particle.sort().values)
+
+
+def _on_disk(*shape: int) -> Tensor:
+    """Zeros in a temporary file, which goes when they do: memory holds what is looked at."""
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 
 def _of_noise(batch: Batch) -> Tensor:

@@ -64,10 +64,18 @@ def half_map_draws(run: Run, draws: int, seed: int = 0, progress: Progress = qui
     prior = getattr(run.model, "consensus_prior", None)
     if prior is None:
         raise ValueError(f"{type(run.model).__name__} solves for no consensus; half-maps are drawn of models that do")
-    return _half_maps(run, prior, draws, seed, progress)
+    return islice(_half_maps(run, prior, draws, seed, progress), 1, None)
+
+
+def half_maps_again(run: Run, draws: int, seed: int = 0, progress: Progress = quiet) -> Iterator[tuple[Tensor, Tensor]]:
+    """The half-maps (D, D, D) of one map as the images give them, and then so many pairs of `half_map_draws`."""
+    if run.model.zdim:
+        raise ValueError(f"halves of the images that {type(run.model).__name__} explains differ by what moves, too")
+    return _half_maps(run, run.model.consensus_prior, draws, seed, progress)  # type: ignore[arg-type]
 
 
 def _half_maps(run: Run, prior: MapPrior, draws: int, seed: int, progress: Progress) -> Iterator[tuple[Tensor, Tensor]]:
+    """The run's own, and then those of other noise."""
     particles, generator = run.particles, torch.Generator().manual_seed(seed)
     model: Any = run.model
     symmetry, sigma = model.symmetry.to(run.device), model.sigma.detach()
@@ -77,6 +85,8 @@ def _half_maps(run: Run, prior: MapPrior, draws: int, seed: int, progress: Progr
     mean = whole.mean(3e-3)
     everywhere = torch.ones((particles.box,) * 3, device=run.device)
     alone = [half.posterior(everywhere, order=len(symmetry)) for half in halves]
+    first, second = (half.to_map(half.mean(1e-2)) for half in alone)
+    yield first.cpu(), second.cpu()
     for _ in progress(range(draws), draws, "half-maps", unit="draw"):
         volume = whole.to_map(mean) + deviation(whole, generator)
         first, second = (_seen_again(half, volume, generator) for half in alone)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.guides.landscape import MapLikelihood, climbed
 from pyro_cryo.guides.pose_mixture import PoseMixture
 from pyro_cryo.guides.poses import PoseModes, PosePrior
-from pyro_cryo.inference.run import Run
+from pyro_cryo.inference.pose_climb import about_its_poses, climbing
+from pyro_cryo.inference.run import Run, guide_of
 from pyro_cryo.model import CryoModel
 from pyro_cryo.models.classes import Classes
 from pyro_cryo.models.homogeneous import Homogeneous
@@ -282,6 +284,25 @@ def test_poses_are_ranked_about_the_tables(particles: Particles) -> None:
     sure = sbc(run, particles, draws=19, guide=ask(4.0), batch_size=150)
     assert not bool(sure["rotation"].uniformity().inside[:3].any())
     assert not bool(sure["translation"].uniformity().inside.any())
+
+
+@pytest.mark.parametrize("zdim", [0, 1])
+def test_poses_of_a_run_are_ranked_about_its_own(zdim: int, particles: Particles) -> None:
+    """In its own maps, z integrated out; the prior of the run is what it was afterwards."""
+    model = with_maps(LinearSubspace(BOX, zdim=1, contrast=0.0), 0.3) if zdim else Given(3 * blobs(BOX, 12), 1.0, 1.0)
+    sd = torch.tensor([0.01] * 3 + [0.15] * 2)
+    single = PoseModes.single(particles.rotation, particles.translation)
+    modes = replace(single, precision=single.precision / sd.square())
+    run = Run(model, particles, guide=guide_of(model, modes), poses=modes)
+    before = model.poses
+    with about_its_poses(run) as near:
+        assert float(model.poses.turn_sd) == pytest.approx(0.02, rel=0.01)
+        assert float(model.poses.shift_sd) == pytest.approx(0.3, rel=0.01)
+        found = sbc(near, particles, draws=19, guide=partial(climbing, near), batch_size=150)
+    assert model.poses is before
+    for name in ("rotation", "translation", *(["z"] if zdim else [])):
+        assert bool(found[name].uniformity(0.999).inside.all()), name
+    assert float(found["rotation"].sharpness[:3].max()) < 0.98
 
 
 def test_a_table_of_poses_is_of_its_own_images(particles: Particles) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from pyro_cryo.analysis.voxels import (
     FSCSpread,
     Running,
     fsc_spread,
+    half_map_scatter,
     resolution_range,
     voxel_difference,
     voxel_spread,
 )
 from pyro_cryo.data.mrc_map import read_map
+from pyro_cryo.inference.run import Run
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -97,6 +100,20 @@ def test_a_picture_of_a_probability_goes_from_0_to_1() -> None:
 
 Command = Callable[..., int]
 QUIET = ("--quiet", "--device", "cpu")
+
+
+def test_half_maps_differ_as_noise_says_and_by_more_where_it_is_taken_for_weaker(homogeneous_run: Path) -> None:
+    run = Run.load(homogeneous_run)
+    found = half_map_scatter(run, 12)
+    assert float((found.ratio - 1)[3:-1].abs().max()) < 4 * float(found.sd[3:-1].max())
+    run.model.log_sigma.data -= math.log(1.5)
+    again = half_map_scatter(run, 12)
+    assert float(again.ratio[3:-1].mean()) > 1.5 * float(found.ratio[3:-1].mean())
+
+
+def test_half_maps_of_what_moves_differ_by_that_too(cryodrgn_run: Path) -> None:
+    with pytest.raises(ValueError, match="what moves"):
+        half_map_scatter(Run.load(cryodrgn_run))
 
 
 def test_the_uncertainty_of_one_map(homogeneous_run: Path, command: Command, tmp_path: Path) -> None:
