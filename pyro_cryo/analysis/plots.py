@@ -82,10 +82,15 @@ def latent_density(z: ArrayLike | Tensor, clusters: KMeans | None = None) -> Fig
     return figure
 
 
-def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[float] = (0.143, 0.5)) -> Figure:
+def fsc_curves(
+    curves: Mapping[str, Tensor],
+    apix: float,
+    thresholds: Sequence[float] = (0.143, 0.5),
+    bands: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Figure:
     """FSC curves (D / 2 + 1,) by name against resolution, in angstrom on a scale even in 1 / angstrom.
 
-    The legend gives each curve's resolution at the first threshold.
+    The legend gives each curve's resolution at the first threshold. bands: of some, where they lie, low and high.
     """
     figure, (axes,) = new_figure(1, 6.4, 4.0)
     nyquist = 0.5 / apix
@@ -96,6 +101,8 @@ def fsc_curves(curves: Mapping[str, Tensor], apix: float, thresholds: Sequence[f
         resolved = resolution_angstrom(values, apix, thresholds[0]) if signal else math.nan
         label = f"{name} ({resolved:.3g} Å)" if math.isfinite(resolved) else name
         axes.plot(s, values, color=colour, lw=1.8, label=label)
+        if bands and name in bands:
+            axes.fill_between(s, *map(as_numpy, bands[name]), color=colour, alpha=0.25, lw=0)
     for threshold in thresholds:
         axes.axhline(threshold, color="0.45", lw=0.9, ls=(0, (4, 3)))
         axes.annotate(

@@ -207,7 +207,7 @@ def write_uncertainty(
 
 
 def write_fsc_spread(run: Run, out: Path, draws: int = 40, seed: int = 0, progress: Progress = quiet) -> FSCSpread:
-    """fsc.tsv: the FSC of half-maps as it would come out again, by shell: mean, sd and the limits of 90%."""
+    """The FSC of half-maps as it would come out again: fsc.tsv, mean, sd and limits of 90% by shell, and fsc.png."""
     spread = fsc_spread(half_map_draws(run, draws, seed, progress))
     box = run.model.box
     lines = ["shell\tresolution_angstrom\tmean\tsd\tlow\thigh"]
@@ -217,6 +217,9 @@ def write_fsc_spread(run: Run, out: Path, draws: int = 40, seed: int = 0, progre
         lines.append(f"{shell}\t{box * run.apix / shell:.3f}\t{numbers}")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "fsc.tsv", lambda path: path.write_text("\n".join(lines) + "\n"))
+    name = "half-maps, and 90% of the draws"
+    figure = plots.fsc_curves({name: spread.mean}, run.apix, bands={name: (spread.low, spread.high)})
+    figure.savefig(out / "fsc.png", dpi=150)
     return spread
 
 

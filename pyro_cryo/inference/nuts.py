@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -24,9 +25,18 @@ if TYPE_CHECKING:
 
 
 def nuts(
-    run: Run, particles: Particles, draws: int = 300, *, warmup: int = 300, seed: int = 0, progress: Progress = quiet
+    run: Run,
+    particles: Particles,
+    draws: int = 300,
+    *,
+    index: Sequence[int] | None = None,
+    warmup: int = 300,
+    seed: int = 0,
+    progress: Progress = quiet,
 ) -> Any:
     """What `run.posterior` gives, drawn by Pyro's NUTS from p(latent | images) at the fitted map: seconds a particle.
+
+    index: numbers by which the particles are named; default: their places
 
     Rotations move in tangent coordinates at a draw of the guide's, with the Haar measure's density there.
 
@@ -41,7 +51,8 @@ def nuts(
         sigma = noise_draws(run, draws)
     shown = particles.particle.sort().values
     sites = {name: torch.cat([part[name] for part in parts], 1).cpu() for name in parts[0]}
-    return as_arviz({"posterior": sites}, sigma, range(particles.n_particles), described(run, particles), shown)
+    names = range(particles.n_particles) if index is None else index
+    return as_arviz({"posterior": sites}, sigma, names, described(run, particles), shown)
 
 
 def _sampled(run: Run, batch: Batch, draws: int, warmup: int) -> dict[str, Tensor]:

@@ -129,7 +129,14 @@ def test_the_command_draws_the_pose_of_a_particle_beside_the_map_of_all(
     out = tmp_path / "sure"
     assert command(*asked, "--index", 12, "-o", out) == 0
     assert "pose.png" in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"mean.mrc", "sd.mrc", "uncertainty.png", "fsc.tsv", "pose.png"}
+    assert {path.name for path in out.iterdir()} == {
+        "mean.mrc",
+        "sd.mrc",
+        "uncertainty.png",
+        "fsc.tsv",
+        "fsc.png",
+        "pose.png",
+    }
     assert command(*asked, "-o", out, "--overwrite") == 0
     assert not (out / "pose.png").exists()  # it was of another time
     assert command(*asked, "--index", 150, "-o", tmp_path / "none") == 2

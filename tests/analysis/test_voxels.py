@@ -120,7 +120,7 @@ def test_the_uncertainty_of_one_map(homogeneous_run: Path, command: Command, tmp
     out = tmp_path / "out"
     asked = ("uncertainty", homogeneous_run, "-o", out, "--draws", 6, "--keep", 2, *QUIET)
     assert command(*asked) == 0
-    names = {"mean.mrc", "sd.mrc", "draw_000.mrc", "draw_001.mrc", "uncertainty.png", "fsc.tsv"}
+    names = {"mean.mrc", "sd.mrc", "draw_000.mrc", "draw_001.mrc", "uncertainty.png", "fsc.tsv", "fsc.png"}
     assert {path.name for path in out.iterdir()} == names
     (mean, apix), (own, own_apix) = read_map(out / "mean.mrc"), read_map(homogeneous_run / "map.mrc")
     assert apix == pytest.approx(own_apix)

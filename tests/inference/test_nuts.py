@@ -24,10 +24,11 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> Particles:
 
 def test_it_samples_the_exact_posterior_of_a_linear_model(particles: Particles) -> None:
     run = fit(LinearSubspace(particles.box, zdim=2), particles)
-    found = nuts(run, particles[:1], 120, warmup=60).posterior
+    found = nuts(run, particles[:1], 120, index=[7], warmup=60).posterior
     mean, covariance = (v.numpy() for v in run.guide.posterior(particles.batch(slice(0, 1))))  # type: ignore[union-attr, operator]
     sd = np.sqrt(covariance.diagonal(axis1=1, axis2=2))
     assert found["z"].shape == (1, 120, 1, 2)
+    assert found["particle"].values.tolist() == [7]
     assert np.abs((found["z"].values[0].mean(0) - mean) / sd).max() < 0.5
     assert np.abs(np.log(found["z"].values[0].std(0) / sd)).max() < 0.4
     assert abs(float(found["contrast"].mean()) - 1) < 0.3
