@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -238,24 +239,24 @@ def elpd_data(found: Evidence, draws: int, p: float = np.nan, good_k: float = GO
         "good_k": good_k,
     }
     kind, _ = _arviz()
-    if not issubclass(kind, pd.Series):  # since 1.0
-        return kind(kind="loo", elpd=total, se=error, p=p, **rest, elpd_i=each, pareto_k=k)
+    if not (isinstance(kind, type) and issubclass(kind, pd.Series)):  # since 1.0
+        return kind(elpd=total, se=error, p=p, **rest, elpd_i=each, pareto_k=k)
     said = {"elpd_loo": total, "se": error, "p_loo": p, **rest, "loo_i": each, "pareto_k": k}
     return kind(data=list(said.values()), index=list(said))
 
 
 def _arviz() -> tuple[Any, Any]:
-    """ELPDData and compare of ArviZ, whichever of its two generations is there."""
+    """ELPDData of LOO and compare, of whichever ArviZ is there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the import
-        try:
-            import arviz
+        import arviz
 
+        if int(arviz.__version__.split(".")[0]) < 1:
             return arviz.ELPDData, arviz.compare
-        except (ImportError, AttributeError):
-            import arviz_stats
+        import arviz_stats
 
-            return arviz_stats.utils.ELPDData, arviz_stats.compare
+        utils, unrounded = arviz_stats.utils, partial(arviz_stats.compare, round_to="none")
+        return getattr(utils, "ELPDDataLOO", None) or partial(utils.ELPDData, kind="loo"), unrounded
 
 
 def _unlike(one: Particles, other: Particles) -> tuple[str, str, str] | None:

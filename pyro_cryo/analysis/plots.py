@@ -102,7 +102,8 @@ def fsc_curves(
         label = f"{name} ({resolved:.3g} Å)" if math.isfinite(resolved) else name
         axes.plot(s, values, color=colour, lw=1.8, label=label)
         if bands and name in bands:
-            axes.fill_between(s, *map(as_numpy, bands[name]), color=colour, alpha=0.25, lw=0)
+            low, high = (as_numpy(edge) for edge in bands[name])
+            axes.fill_between(s, low, high, color=colour, alpha=0.25, lw=0)
     for threshold in thresholds:
         axes.axhline(threshold, color="0.45", lw=0.9, ls=(0, (4, 3)))
         axes.annotate(
