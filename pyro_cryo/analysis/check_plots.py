@@ -190,7 +190,18 @@ def free_energy_profile(
         ylim=(lowest - pad, highest + 4 * pad),
     )
     axes.legend(frameon=False, loc="upper center", ncols=3)
+    note(axes, barrier_told(profile), 0.97, 0.08)
     return figure
+
+
+def barrier_told(profile: FreeEnergy) -> str:
+    """The highest barrier between two wells, in words."""
+    wells = profile.wells
+    if wells is None:
+        return "one well"
+    barrier = profile.barrier_kt(*wells)
+    span = f"{barrier.median_kt:.1f} kT ({barrier.low_kt:.1f} to {barrier.high_kt:.1f})"
+    return f"barrier of {span} from {wells[0]:.2g} to {wells[1]:.2g}"
 
 
 def _counted_kt(profile: FreeEnergy, coordinate: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -89,6 +89,22 @@ class FreeEnergy:
         low, median, high = _quantiles(way.max(1) - self.draws_kt[:, first], self.level)
         return Interval(float(median), float(low), float(high))
 
+    @property
+    def wells(self) -> tuple[float, float] | None:
+        """The two of the median profile that the highest barrier parts, the deeper first; None where there is one."""
+        height, found, f = 0.0, None, self.median_kt
+        for top in range(1, len(f) - 1):
+            below = f < f[top]  # on either side as far as it is not higher
+            left = top - 1 - np.argmin(below[top - 1 :: -1]) if not below[:top].all() else -1
+            right = top + 1 + np.argmin(below[top + 1 :]) if not below[top + 1 :].all() else len(f)
+            if left == top - 1 or right == top + 1:
+                continue
+            wells = (left + 1 + int(f[left + 1 : top].argmin()), top + 1 + int(f[top + 1 : right].argmin()))
+            rise = f[top] - max(f[wells[0]], f[wells[1]])
+            if rise > height:
+                height, found = rise, sorted(wells, key=lambda well: f[well])
+        return None if found is None else (float(self.s[found[0]]), float(self.s[found[1]]))
+
     def _bin(self, s: float) -> int:
         half = 0.5 * (self.s[1] - self.s[0])
         if not self.s[0] - half <= s <= self.s[-1] + half:

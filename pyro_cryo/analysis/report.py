@@ -130,6 +130,7 @@ def _free_energy(run: Run, out: Path, progress: Progress) -> Path:
     profile = found.free_energy
     columns = np.column_stack([profile.s, profile.median_kt, profile.low_kt, profile.high_kt])
     header = f"distance along z\tmedian_kt\tlow_kt\thigh_kt ({100 * profile.level:.0f}%)"
+    header = f"{check_plots.barrier_told(profile)}\n{header}"
     np.savetxt(out / "free_energy.tsv", columns, "%.5g", "\t", header=header)
     figure = check_plots.free_energy_profile(profile, found.means, "distance in z along the longest way")
     return _save(figure, out / "free_energy.png")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyro_cryo.analysis import free_energy
+from pyro_cryo.analysis.check_plots import barrier_told
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.inference.fit import fit
 from pyro_cryo.inference.run import Run
@@ -44,3 +45,19 @@ def test_some_particles_at_random_say_the_same_less_surely(run: Run, monkeypatch
     assert other.means.shape == (600,)
     with pytest.raises(ValueError, match="most is 0"):
         free_energy.of_run(run, most=0)
+
+
+@pytest.mark.parametrize(
+    ("heights", "wells", "said"),
+    [
+        ([3, 1, 2, 0, 4, 2, 2.5, 1, 5], (3, 7), "barrier of 4.0 kT (4.0 to 4.0) from 3 to 7"),
+        ([5, 2, 0, 2, 4], None, "one well"),
+        ([0, 1, 2, 3, 4], None, "one well"),
+        ([4, 1, 6, 0, 5, 0.5, 7], (3, 1), "barrier of 6.0 kT (6.0 to 6.0) from 3 to 1"),
+    ],
+)
+def test_the_highest_barrier_parts_two_wells(heights: list[float], wells: tuple[int, int] | None, said: str) -> None:
+    drawn = np.array([heights, heights], dtype=float)
+    profile = free_energy.FreeEnergy.of(np.arange(len(heights), dtype=float), drawn, 0.9)
+    assert profile.wells == wells
+    assert barrier_told(profile) == said
