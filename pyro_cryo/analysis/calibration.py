@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
 from pyro_cryo.data.particles import Particles
-from pyro_cryo.inference.draws import drawn, of_particles, picked
+from pyro_cryo.inference.draws import drawn, latent_of, of_particles, picked
 from pyro_cryo.inference.run import Run
 from pyro_cryo.physics.rotations import log
 
@@ -117,7 +117,7 @@ class Simulated:
 
     batch:          poses, optics and noise groups of real images, with images from the model
     latent:         what each particle was given, by site: (n, ...), or (B, ...) where images have it each
-    shared:         what all have in common, by site: a draw from the guide, such as the map
+    shared:         what all have in common, by site, such as the map: its mean under the guide, as for the draws
     log_likelihood: (n,) log p(image | latent), nats
     """
 
@@ -191,10 +191,11 @@ def simulated(run: Run, batch: Batch) -> Simulated:
     Poses that are not known are drawn from their prior too. What is drawn comes from PyTorch's generator.
     """
     with torch.no_grad():
-        shared = _sites(poutine.trace(run.guide).get_trace(batch), local=False)  # type: ignore[arg-type, call-arg]
+        guessed: Any = poutine.trace(run.guide).get_trace(batch)  # type: ignore[arg-type, call-arg]
+        shared = {name: node["fn"].mean for name, node in latent_of(guessed) if not of_particles(node)}
         story = poutine.condition(poutine.uncondition(run.model), data=shared)  # type: ignore[arg-type]
         told: Any = poutine.trace(story).get_trace(batch)  # type: ignore[call-arg]
-    latent = _sites(told, local=True)
+    latent = _sites(told)
     image = latent.pop("image")
     own = replace(batch, image=image, window_power=1.0)  # their noise is white
     return Simulated(own, latent, shared, told.nodes["image"]["fn"].log_prob(image))
@@ -296,13 +297,13 @@ def _distance(points: Tensor) -> Tensor:
     return torch.einsum("mni,nij,mnj->mn", centred, precision, centred).float()
 
 
-def _sites(trace: Any, local: bool) -> Values:
-    """Values of the latent sites of a trace in the plate of particles, or of those outside it."""
+def _sites(trace: Any) -> Values:
+    """Values of the sites of a trace in the plate of particles."""
     values = {}
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
             continue
-        if of_particles(site) == local and not site["infer"].get("is_auxiliary"):
+        if of_particles(site) and not site["infer"].get("is_auxiliary"):
             values[name] = site["value"]
     return values
 

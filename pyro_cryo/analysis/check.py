@@ -24,7 +24,7 @@ from pyro_cryo.guides.pose_mixture import PosedGuide
 from pyro_cryo.guides.semi_amortised import anywhere
 from pyro_cryo.inference.draws import drawn
 from pyro_cryo.inference.importance import GOOD
-from pyro_cryo.inference.pose_climb import about_its_poses, climbing
+from pyro_cryo.inference.pose_climb import about_its_poses, climbing, pose_likelihood
 from pyro_cryo.inference.run import Run
 from pyro_cryo.inference.state import read_record
 from pyro_cryo.progress import Progress, quiet
@@ -42,6 +42,7 @@ COLLAPSED = 0.05  # share of the variance of z between particles, below which z 
 JUNK = 0.01  # share of images that may fit badly
 SURE = 1e-3  # p at which what is seen is not put down to chance, as it is of 1 in 20 sound runs at 0.05
 SCATTERED = 0.15  # of the power by which half-maps differ, that it may be off
+PAIRS = 15  # of half-maps of other noise
 LOST = 0.5  # nats a particle that an encoder may lose of the evidence
 OWN = 50  # particles that are given Gaussians of their own
 
@@ -84,9 +85,10 @@ def check(
     if has_z:
         questions.append(lambda: _associated(run, many, seed))
         questions.append(lambda: _reproduced(run, seed, halves))
+    elif hasattr(run.model, "consensus_prior"):
+        questions.append(lambda: _scattered(run, seed))
     answers = [answer for ask in progress(iter(questions), len(questions), "check") for answer in ask()]
     if not has_z:
-        answers += _scattered(run, seed)
         answers.append(_unasked("Does anything move?", "The fit is of one map: fit manifold, and hold both (compare)."))
     return answers
 
@@ -226,7 +228,8 @@ def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
         found = sbc(run, particles, RANKED, seed)
     else:
         with about_its_poses(run) as near:
-            found = sbc(near, particles, RANKED, seed, guide=partial(climbing, near))
+            guide = partial(climbing, near, pose_likelihood(run))
+            found = sbc(near, particles, RANKED, seed, guide=guide)
     poses = ("rotation", "translation")
     pose: dict[str, Calibration] = {name: found.pop(name) for name in poses if name in found}
     if "z" in found:
@@ -252,20 +255,22 @@ def _calibrated(run: Run, particles: Particles, seed: int) -> Iterator[Answer]:
 
 def _scattered(run: Run, seed: int) -> Iterator[Answer]:
     """Of the one map of a model that is solved for."""
-    if not hasattr(run.model, "consensus_prior"):
+    question = "Do half-maps differ as noise of the images says?"
+    found = half_map_scatter(run, PAIRS, seed)
+    ratio, chance = found.ratio[1:-1], (3 * found.sd[1:-1]).clamp_min(SCATTERED)
+    if not bool(ratio.isfinite().all()):
+        yield _unasked(question, "There are too few particles for two halves.")
         return
-    found = half_map_scatter(run, seed=seed)
-    off = (found.ratio - 1)[1:-1]
-    worst = int(off.abs().argmax())
-    beyond = bool((off.abs() > torch.maximum(3 * found.sd[1:-1], torch.tensor(SCATTERED))).any())
+    off = (ratio - 1).abs() / chance
+    worst = int(off.argmax())
     yield Answer(
-        "Are voxels as sure as they say?",
-        LOOK if beyond else SOUND,
-        f"The power of the half-maps' difference is {100 * float(found.ratio[1:-1].mean()):.0f}% of what noise of the "
-        f"images makes of it, {100 * float(found.ratio[1 + worst]):.0f}% in the shell that is farthest off.",
-        "Half-maps differ by what each half of the images does not tell; the sd of a voxel is that of both halves "
-        "together. Where they differ by more, images have noise that the model does not know of, or poses are off, and "
-        "voxels are less sure than they say.",
+        question,
+        LOOK if float(off[worst]) > 1 else SOUND,
+        f"The power of their difference is {100 * float(ratio.mean()):.0f}% of what noise makes of it, "
+        f"{100 * float(ratio[worst]):.0f}% in the shell that is farthest off, where chance is "
+        f"{100 * float(chance[worst]):.0f}%.",
+        "The sd of a voxel is right where this is 1. Above, noise is not as the model has it, independent and as "
+        "strong in all images of an optics group; below, the halves share something: images that are there twice, say.",
         check_plots.half_map_scatter(found, run.apix),
     )
 

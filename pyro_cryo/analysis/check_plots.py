@@ -35,6 +35,8 @@ from pyro_cryo.inference.importance import GOOD
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEAST_BARRIER_KT = 0.1  # that an interval must clear for two wells to be told from one
+
 
 def pareto_k(k: NDArray[np.floating]) -> Figure:
     """Pareto k of particles (n,); what lies beyond 0 and 2 is gathered in the outermost bins."""
@@ -197,9 +199,9 @@ def free_energy_profile(
 def barrier_told(profile: FreeEnergy) -> str:
     """The highest barrier between two wells, in words."""
     wells = profile.wells
-    if wells is None:
+    barrier = None if wells is None else profile.barrier_kt(*wells)
+    if wells is None or barrier is None or barrier.low_kt < LEAST_BARRIER_KT:
         return "one well"
-    barrier = profile.barrier_kt(*wells)
     span = f"{barrier.median_kt:.1f} kT ({barrier.low_kt:.1f} to {barrier.high_kt:.1f})"
     return f"barrier of {span} from {wells[0]:.2g} to {wells[1]:.2g}"
 

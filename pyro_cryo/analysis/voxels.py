@@ -153,12 +153,14 @@ def fsc_spread(pairs: Iterable[tuple[Tensor, Tensor]]) -> FSCSpread:
 def half_map_scatter(run: Run, draws: int = 30, seed: int = 0, progress: Progress = quiet) -> HalfMapScatter:
     """Of one map: whether its half-maps differ as its posterior says that maps of half of the images do.
 
-    More, where images have noise that the model does not know of, or poses are off; draws: pairs of other noise.
+    More where noise is not as the model has it, the same in all images of a group and independent; less where images
+    are there twice. draws: pairs of other noise
     """
     pairs = half_maps_again(run, draws, seed, progress)
     power = torch.stack([shell_sum(torch.fft.rfftn((a - b).double()).abs().square()) for a, b in pairs])
     expected = power[1:].mean(0).clamp_min(1e-30)
-    return HalfMapScatter(power[0] / expected, power[1:].std(0) / expected)
+    order = len(run.model.symmetry)  # type: ignore[arg-type]
+    return HalfMapScatter(power[0] / expected, order**0.5 * power[1:].std(0) / expected)
 
 
 def write_uncertainty(
@@ -194,7 +196,7 @@ def write_uncertainty(
     if difference is not None:
         written |= {"difference": difference.mean, "probability": difference.probability}
     out.mkdir(parents=True, exist_ok=True)
-    earlier = (out / name for name in ("difference.mrc", "probability.mrc", "pose.png"))
+    earlier = (out / name for name in ("difference.mrc", "probability.mrc", "pose.png", "fsc.tsv", "fsc.png"))
     for path in (*out.glob("draw_*.mrc"), *earlier):
         path.unlink(missing_ok=True)
     paths = [out / f"{name}.mrc" for name in written]

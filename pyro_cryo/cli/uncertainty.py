@@ -23,7 +23,12 @@ def add_to(commands: Any) -> None:
         help="of the map of this particle, z as unsure as its images leave it; and its pose",
     )
     add("--against", type=int, metavar="J", help="and the probability, voxel by voxel, that it exceeds this particle's")
-    add("--draws", type=int, default=40, help="maps drawn; of a family each takes a pass over the images")
+    add(
+        "--draws",
+        type=int,
+        default=40,
+        help="maps drawn; of a family, or where poses were found, each takes a pass over the images",
+    )
     add("--keep", type=int, default=5, help="of these, how many are written")
     add("--seed", type=int, default=0, help="of the draws")
     add("--overwrite", action="store_true", help="replace earlier maps")

@@ -45,8 +45,9 @@ def matched(modes: PoseModes, batch: Batch, log_ratio: LogRatio, draws: int = 12
     white, chance = _points(some, draws, seed)
     poses, ratios = [], []
     for part in white.split(some.times_at_once):
-        copies, which = some.again(len(part)), torch.arange(len(own.log_weight)).repeat_interleave(len(part))
-        posed = own[which].placed(torch.zeros_like(which), to_copies(part), copies)
+        copies, points = some.again(len(part)), to_copies(part)
+        which = torch.arange(len(own.log_weight), device=points.device).repeat_interleave(len(part))
+        posed = own[which].placed(torch.zeros_like(points[:, 0]), points, copies)
         ratios.append(of_copies(log_ratio(copies, *posed), len(part)))
         poses.append([of_copies(value, len(part)) for value in posed])
     rotation, translation = (torch.cat(values) for values in zip(*poses, strict=True))

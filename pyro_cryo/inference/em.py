@@ -94,8 +94,16 @@ class EM:
     def place(self, rotation: Tensor, translation: Tensor) -> None:
         """Other poses of the images: (N, 3, 3), (N, 2) in pixels of the maps' box."""
         self.particles = self.particles.with_poses(rotation, translation)
-        if self._kept is not None:
-            self._kept = list(self._read())
+        if self._kept is None:
+            return
+        poses = self.particles.rotation, self.particles.translation
+
+        def placed(batch: Batch) -> Batch:
+            row = batch.index.cpu()
+            turned, moved = (value[row].to(self.device) for value in poses)
+            return replace(batch, rotation=turned, translation=moved * batch.freq_scale[:, None])
+
+        self._kept = [placed(batch) for batch in self._kept]
 
     def begin(self, draw: Callable[[Moments], Moments]) -> None:
         """A pass with coefficients that are drawn, not inferred: from here the maps move."""

@@ -142,12 +142,13 @@ def still_draws(
             equations.add(batch, sigma, symmetry)
         return equations.posterior(prior.scale, prior.tau, order=len(symmetry))
 
-    given = posterior(particles, progress)
-    mean = given.mean(1e-3)
+    given, mean = None, None
     while True:
-        if poses is not None:
-            given = posterior(particles.with_poses(*poses(generator)), quiet)
+        if given is None or poses is not None:
+            images = particles if poses is None else particles.with_poses(*poses(generator))
+            given = posterior(images, progress if given is None else quiet)
             mean = given.mean(1e-3, start=mean)
+        assert mean is not None
         yield StillDraw(given.to_map(mean) + deviation(given, generator))
 
 
@@ -173,7 +174,7 @@ def family_draws(
 
     maps:      as fitted, on b voxels, sigma that of the whole box (noise groups, D / 2 + 1)
     consensus: prior of the one map that is shown beyond b / 2
-    poses:     of every step, as if they owed nothing to the maps of the one before
+    poses:     of every step, as if they owed nothing to the maps of the one before; the consensus beyond has its own
     """
     generator, side = torch.Generator().manual_seed(seed), maps.box
     beyond: Iterator[StillDraw] | None = None

@@ -33,10 +33,11 @@ def about_its_poses(run: Run) -> Iterator[Run]:
     Whether poses are as sure as they say can be asked of the peaks in which they were found, not of the search.
     """
     assert run.poses is not None
-    spread, own = run.poses.spread, run.model.poses
-    turn = WIDER * float(spread.angle_deg.median()) / math.sqrt(3)
-    shift = WIDER * float(spread.shift_px.median()) / math.sqrt(2)
-    run.model.poses = PoseAbout(turn, shift).to(run.device)
+    modes, own = run.poses, run.model.poses
+    heaviest = modes.precision[torch.arange(len(modes.log_weight)), modes.log_weight.argmax(1)]
+    variance = torch.diagonal(torch.linalg.inv(heaviest), dim1=1, dim2=2)
+    turn, shift = (WIDER * float(part.mean(1).median()) ** 0.5 for part in (variance[:, :3], variance[:, 3:]))
+    run.model.poses = PoseAbout(math.degrees(turn), shift).to(run.device)
     try:
         yield replace(run, source=run.particles, folder=None, defocus=None)
     finally:
@@ -57,10 +58,10 @@ def pose_likelihood(run: Run) -> PoseLikelihood:
     return likelihood_in(family, beyond, eckart=False)
 
 
-def climbing(run: Run, batch: Batch) -> PosedGuide:
+def climbing(run: Run, likelihood: PoseLikelihood, batch: Batch) -> PosedGuide:
     """The guide of other images than the run's: a Gaussian about the mode to which each climbs from the batch's pose.
 
-    The prior of the run's model is about the batch's poses.
+    likelihood: of the run (`pose_likelihood`); the prior of its model is about the batch's poses
     """
     poses = run.model.poses
     assert isinstance(poses, PoseAbout)
@@ -69,5 +70,5 @@ def climbing(run: Run, batch: Batch) -> PosedGuide:
     begun = PoseModes.single(batch.rotation, batch.translation / px[:, None]).to(batch.image.device)
     prior = PosePrior(batch.rotation, begun.translation[:, 0], float(poses.turn_sd), float(poses.shift_sd))
     with torch.no_grad():
-        modes, _ = climbed(batch, pose_likelihood(run), begun, prior, px, STEPS)
+        modes, _ = climbed(batch, likelihood, begun, prior, px, STEPS)
     return PosedGuide(OfImages(batch.index, modes), run.guide.rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -120,7 +121,18 @@ def posterior(
 
 def _on_disk(*shape: int) -> Tensor:
     """Zeros in a temporary file, which goes when they do: memory holds what is looked at."""
+    size = 4 * math.prod(shape)
     with tempfile.TemporaryFile() as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # or a full disk is told by a bus error
+        except AttributeError:  # where the system has none
+            pass
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise OSError(
+                f"{size / 1e9:.1f} GB of images do not fit into {folder}; give fewer (predictive), or let TMPDIR name "
+                "a larger folder"
+            ) from error
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 

@@ -45,8 +45,8 @@ def volume_draws(
     for volume in volume_draws(run, 50, index=12): ...
     """
     _check(run, draws, index, z)
-    poses = None if run.poses is None else partial(run.poses.drawn, images=run.particles)
-    found = run.model.posterior_draws(run.particles, seed, progress, poses)
+    poses = {} if run.poses is None else {"poses": partial(run.poses.drawn, images=run.particles)}
+    found = run.model.posterior_draws(run.particles, seed, progress, **poses)
     if found is None:
         assert index is not None
         return _guided(run, draws, index, seed)

@@ -33,13 +33,15 @@ from pyro_cryo.data.simulate import hinge, simulate
 from pyro_cryo.guides.landscape import MapLikelihood, climbed
 from pyro_cryo.guides.pose_mixture import PoseMixture
 from pyro_cryo.guides.poses import PoseModes, PosePrior
-from pyro_cryo.inference.pose_climb import about_its_poses, climbing
+from pyro_cryo.inference.fit import fit
+from pyro_cryo.inference.pose_climb import about_its_poses, climbing, pose_likelihood
 from pyro_cryo.inference.run import Run, guide_of
 from pyro_cryo.model import CryoModel
 from pyro_cryo.models.classes import Classes
 from pyro_cryo.models.homogeneous import Homogeneous
 from pyro_cryo.models.linear_subspace import LinearSubspace
 from pyro_cryo.physics.fourier import half_plane_to_image
+from pyro_cryo.physics.rotations import exp
 from pyro_cryo.physics.slices import slope_grid
 from pyro_cryo.pose import PoseAbout
 
@@ -286,21 +288,38 @@ def test_poses_are_ranked_about_the_tables(particles: Particles) -> None:
     assert not bool(sure["translation"].uniformity().inside.any())
 
 
-@pytest.mark.parametrize("zdim", [0, 1])
-def test_poses_of_a_run_are_ranked_about_its_own(zdim: int, particles: Particles) -> None:
-    """In its own maps, z integrated out; the prior of the run is what it was afterwards."""
-    model = with_maps(LinearSubspace(BOX, zdim=1, contrast=0.0), 0.3) if zdim else Given(3 * blobs(BOX, 12), 1.0, 1.0)
+@pytest.mark.parametrize("kind", ["given", "solved", "family"])
+def test_poses_of_a_run_are_ranked_about_its_own(kind: str, particles: Particles) -> None:
+    """In its own maps, z integrated out, a map that is solved for at its mean; the prior is what it was afterwards.
+
+    Of two modes far apart the heavier one tells how sure poses are.
+    """
+    model: CryoModel = Given(3 * blobs(BOX, 12), 1.0, 1.0)
+    if kind == "family":
+        model = with_maps(LinearSubspace(BOX, zdim=1, contrast=0.0), 0.3)
+    elif kind == "solved":
+        fitted = fit(Homogeneous(BOX), particles).model
+        assert isinstance(fitted, Homogeneous)
+        fitted.u_sd.fill_(float(fitted.u.std()))  # as unsure as can be
+        model = fitted
     sd = torch.tensor([0.01] * 3 + [0.15] * 2)
-    single = PoseModes.single(particles.rotation, particles.translation)
-    modes = replace(single, precision=single.precision / sd.square())
+    one = PoseModes.single(particles.rotation, particles.translation)
+    far = exp(torch.tensor([math.pi / 2, 0.0, 0.0])) @ one.rotation
+    modes = PoseModes(
+        torch.cat([one.rotation, far], 1),
+        one.translation.repeat(1, 2, 1),
+        (one.precision / sd.square()).repeat(1, 2, 1, 1),
+        torch.tensor([0.7, 0.3]).log().expand(len(particles), 2),
+    )
     run = Run(model, particles, guide=guide_of(model, modes), poses=modes)
     before = model.poses
     with about_its_poses(run) as near:
         assert float(model.poses.turn_sd) == pytest.approx(0.02, rel=0.01)
         assert float(model.poses.shift_sd) == pytest.approx(0.3, rel=0.01)
-        found = sbc(near, particles, draws=19, guide=partial(climbing, near), batch_size=150)
+        guide = partial(climbing, near, pose_likelihood(near))
+        found = sbc(near, particles, draws=19, guide=guide, batch_size=150)
     assert model.poses is before
-    for name in ("rotation", "translation", *(["z"] if zdim else [])):
+    for name in ("rotation", "translation", *(["z"] if kind == "family" else [])):
         assert bool(found[name].uniformity(0.999).inside.all()), name
     assert float(found["rotation"].sharpness[:3].max()) < 0.98
 

@@ -221,18 +221,18 @@ def test_stacking_weights_are_of_images_of_any_size() -> None:
     np.testing.assert_allclose(table["weight"].astype(float), 0.5, atol=1e-3)
 
 
-@pytest.mark.parametrize("release", ["0.23.4", "1.0.0", "1.3.0"])
+@pytest.mark.parametrize("release", ["0.23.4", "1.0.0", "1.3.3"])
 def test_elpd_data_of_every_generation_of_arviz(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Series; a dataclass that has its kind said; one for each kind."""
     fields = ["elpd", "se", "p", "n_samples", "n_data_points", "scale", "warning", "good_k"]
-    fields += [] if release == "1.3.0" else ["kind"]
+    fields += [] if release == "1.3.3" else ["kind"]
     newer = make_dataclass("ELPDData", [*fields, *((name, object, None) for name in ("elpd_i", "pareto_k"))])
     older = type("ELPDData", (pd.Series,), {})
     arviz, stats = (types.ModuleType(name) for name in ("arviz", "arviz_stats"))
     modules: tuple[Any, Any] = arviz, stats
     modules[0].__version__ = release
     modules[0].ELPDData, modules[0].compare = older, len
-    modules[1].utils = types.SimpleNamespace(**{"ELPDDataLOO" if release == "1.3.0" else "ELPDData": newer})
+    modules[1].utils = types.SimpleNamespace(**{"ELPDDataLOO" if release == "1.3.3" else "ELPDData": newer})
     modules[1].compare = len
     monkeypatch.setitem(sys.modules, "arviz", arviz)
     monkeypatch.setitem(sys.modules, "arviz_stats", stats)

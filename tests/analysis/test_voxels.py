@@ -108,6 +108,7 @@ def test_half_maps_differ_as_noise_says_and_by_more_where_it_is_taken_for_weaker
     assert float((found.ratio - 1)[3:-1].abs().max()) < 4 * float(found.sd[3:-1].max())
     run.model.log_sigma.data -= math.log(1.5)
     again = half_map_scatter(run, 12)
+    assert float((found.ratio - 1)[3:-1].abs().max()) < float((again.ratio - 1)[3:-1].abs().min())
     assert float(again.ratio[3:-1].mean()) > 1.5 * float(found.ratio[3:-1].mean())
 
 
