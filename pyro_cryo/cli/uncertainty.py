@@ -68,7 +68,8 @@ def run(asked: argparse.Namespace) -> None:
     if found.model.zdim == 0:
         spread = write_fsc_spread(found, asked.out, asked.draws, asked.seed, progress)
         fine, coarse = resolution_range(spread, found.apix)
-        print(f"half-maps of other noise would agree to {fine:.3g} to {coarse:.3g} A (90%): fsc.tsv, fsc.png")
+        where = "" if found.poses is None else ", all at the best poses"
+        print(f"half-maps of other noise would agree to {fine:.3g} to {coarse:.3g} A (90%{where}): fsc.tsv, fsc.png")
         if getattr(found.model, "mask", None) == "none":
             print("with mask none the prior is the same everywhere: the sd is nearly flat")
     print(f"{len(paths) - 1} maps and {paths[-1].name} are in {asked.out}")
