@@ -9,9 +9,10 @@
 The hand of the map is not determined by the images: its mirror image explains them as well. It is where particles are
 seen from several sides.
 
-Particles of several kinds have several maps (`map_mixture`), which part from the one that won. At low frequency what
-they share shows less than what they differ in, so that each comes to a frame and a hand of its own: when all images
-have been searched in them at finer detail, they are brought to one.
+Particles of several kinds have several maps (`map_mixture`), which part from the one that won, more of them than there
+are kinds; those that are missed least are left out. At low frequency what maps share shows less than what they differ
+in, so that each comes to a frame and a hand of its own: when all images have been searched in them at finer detail,
+they are brought to one.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ FINE = 10.0
 SEARCHED = (*WHOLE, Level(3, 4, FINE))  # then of 7.5
 IN_SEVERAL = (*grids(7.0), Level(3, 4, FINE))  # where that is done in several maps
 PEAKS = 4
-IN_ALL = 2  # passes of all images in several maps
+IN_ALL = 1  # passes of all images in several maps, when there are no more of them than are asked for
 ROUNDS = 6  # of search at most, each followed by a pass
 SUBSET = 2000  # images of a round
 CONVERGED = 0.5  # nats an image that a further round may still find
@@ -90,8 +91,10 @@ def ab_initio(
     sigma = image_power(particles[sample_rows(particles, generator)], BATCH, device)
     em = PoseEM(particles, centred, symmetry.to(device), sigma, generator, progress)
     if maps > 1:
-        parting: list[Stage] = [partial(_parted, em, maps, band) for band in map_mixture.BANDS]
-        in_all: list[Stage] = [*[partial(_searched_in_all, em)] * IN_ALL, partial(_in_one_frame, em)]
+        parted = math.ceil(map_mixture.EXCESS * maps)
+        parting: list[Stage] = [partial(_parted, em, parted, band) for band in map_mixture.BANDS]
+        searched = partial(_searched_in_all, em)
+        in_all: list[Stage] = [searched, partial(_fewer, em, maps), *[searched] * IN_ALL, partial(_in_one_frame, em)]
         return through(em, [lambda _: _settled(em, starts), *parting, *in_all], kept)
     bands: list[Stage] = [partial(_climbed, em, band) for band in march(FINE, min(box / 2 - 1, finest or math.inf))]
     return through(em, [lambda _: _found(em, starts), lambda reached: _all_searched(em, reached), *bands], kept)
@@ -121,6 +124,13 @@ def _searched_in_all(em: PoseEM, reached: Reached | None) -> Reached:
     shares = ", ".join(f"{one:.2f}" for one in mixture.log_share.exp().tolist())
     em.progress.note(f"log evidence {evidence:.2f}, shares of the maps {shares}")
     return replace(reached, mixture=mixture, evidence=evidence)
+
+
+def _fewer(em: PoseEM, maps: int, reached: Reached | None) -> Reached:
+    """So many of the maps, those that are missed most."""
+    assert reached is not None
+    assert reached.mixture is not None
+    return replace(reached, mixture=map_mixture.fewer(em, reached.mixture, maps, IN_SEVERAL))
 
 
 def _in_one_frame(em: PoseEM, reached: Reached | None) -> Reached:

@@ -5,6 +5,9 @@ they are found, by weight; what earlier passes added counts on, less and less (s
 and Moulines, J. R. Stat. Soc. B 71 (2009) 593). The maps begin as one, parted by chance, at a band so low that cells of
 30 degrees tell poses apart. A map in which next to no images are found any more becomes one with that of most images,
 from which it parts anew.
+
+Where no more maps part than there are kinds, two maps may come to one kind and another map to what is left of two, in
+poses that agree with each other and are wrong. So more of them part, and those are left out that are missed least.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from pyro_cryo.inference.pose_em import Added, PoseEM, Solved, box_of
 from pyro_cryo.inference.search import Level
 
 BANDS = (5,) * 24 + (6,) * 6 + (7,) * 8 + (8,) * 6  # cycles a box, a pass each
-SAMPLE = 80  # images of a pass, for every map
+EXCESS = 1.4  # maps that part, of those that are asked for
+SAMPLE = 60  # images of a pass, for every map
+JUDGES = 30  # images for every map, that tell which are missed least
 COARSE = 6.0  # cycles a box, in which cells of 30 degrees are compared at most
 VIEWS = 8  # of an image, in all maps together
 COUNTS_ON = 0.6  # of what earlier passes added
@@ -71,6 +76,12 @@ class MapMixture:
             found[[number, most]] = 0.5 * found[most]
         return MapMixture(tuple(known), (share / share.sum()).log(), same, tuple(added))
 
+    def of_maps(self, kept: Tensor) -> MapMixture:
+        """Only those of these numbers (m,), which are all apart from each other."""
+        numbers = kept.tolist()
+        log_share = self.log_share[kept].log_softmax(0)
+        return MapMixture(tuple(self.known[n] for n in numbers), log_share, torch.arange(len(numbers)))
+
     @property
     def state(self) -> dict[str, Any]:
         """All of it as tensors, to be kept in a file."""
@@ -110,6 +121,24 @@ def added(
     log_share = (0.5 * (mixture.log_share.exp() + share.clamp_min(LEAST_SHARE / count))).log().log_softmax(0)
     known, sent = tuple(em.solved(own) for own in sums), tuple(own.added for own in sums)
     return MapMixture(known, log_share, torch.arange(count), sent).begun_anew(share), float(found.evidence.mean())
+
+
+def fewer(em: PoseEM, mixture: MapMixture, count: int, levels: tuple[Level, ...]) -> MapMixture:
+    """The mixture of `count` of its maps: one after the other goes that a sample of the images misses least."""
+    rows = em.sample(JUDGES * len(mixture.known))
+    on = mixture.on(box_of(levels[-1].kmax, em.particles.box))
+    each = torch.stack([em.search(rows, one, levels, 1).log_mass[:, 0] for one in on.known], 1) + mixture.log_share
+    return mixture.of_maps(least_missed(each, count))
+
+
+def least_missed(log_joint: Tensor, count: int) -> Tensor:
+    """Which `count` maps are left, of log p(image, map) (n, M), when one after the other goes that is missed least."""
+    kept = torch.arange(log_joint.shape[1])
+    while len(kept) > count:
+        others = kept.expand(len(kept), -1)[~torch.eye(len(kept), dtype=torch.bool)].view(len(kept), -1)
+        without = log_joint[:, others].logsumexp(-1).mean(0)
+        kept = others[without.argmax()]
+    return kept
 
 
 def grids(kmax: float) -> tuple[Level, ...]:

@@ -10,7 +10,8 @@ conditions part motion from pose:
    owes nothing to the shape. So the frame is that of the table, in which, say, one domain stands still.
 
 Poses from nothing have no table; there, states that were found with the wrong hand are mirrored after the first passes
-(`one_hand`), which are then made again.
+(`one_hand`), which are then made again. Some show their hand at finer detail alone: it is looked for again after the
+last of the linear passes.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ CONTRAST_SD = 0.1
 HELD = 3  # passes in which components have no rigid part
 STATES = 8  # of what moves, each of which may have been found with the wrong hand
 STARTS = 10  # of fits of these
-HAND_ROUNDS = 2
-FEW = 0.01  # of the particles, for which passes are not made again
+HAND_ROUNDS = 2  # after the first passes, and one after all of them
+FEW = 0.03  # of the particles, for which passes are not made again
 CURVED_PASSES = 2  # last ones, in a family that bends, from all frequencies
 LEADING = 4  # principal components of z whose squares and cubes tell of displacements too
 
@@ -92,7 +93,8 @@ def refined_with_motion(
 
     stages = [passed(band, linear, number < HELD) for number, band in enumerate(bands)]
     if one_hand and not math.isfinite(prior.turn_sd) and not particles.several and len(symmetry) == 1:
-        stages[:HELD] = [*stages[: HELD - 1], partial(_in_one_hand, em, bands[:HELD], linear)]
+        for number in sorted({min(HELD, len(bands)) - 1, len(bands) - 1}):
+            stages[number] = partial(_in_one_hand, em, bands[: number + 1], linear)
     stages += [passed(bands[-1], _Curved(components), False)] * CURVED_PASSES
     return through(em, [*stages, *refocusing(em, stages[-1])], kept)
 
@@ -159,16 +161,16 @@ def _pass(
 def _in_one_hand(
     em: PoseEM, bands: list[float], solve: Callable[[FamilySolver, int], Family], reached: Reached | None
 ) -> Reached:
-    """The last of some first passes, and all of them again while states are found with the wrong hand."""
+    """The last of some passes, and all of them again while states are found with the wrong hand."""
     assert reached is not None
-    last = _pass(em, reached.modes, bands[-1], solve, True, reached)
-    for _ in range(HAND_ROUNDS):
+    last = _pass(em, reached.modes, bands[-1], solve, len(bands) <= HELD, reached)
+    for _ in range(HAND_ROUNDS if len(bands) <= HELD else 1):
         modes = _mirrored_where_wrong(em, last)
         if modes is None:
             break
         reached = None
-        for band in bands:
-            last = _pass(em, modes, band, solve, True, reached)
+        for number, band in enumerate(bands):
+            last = _pass(em, modes, band, solve, number < HELD, reached)
             reached = last.reached
     return last.reached
 

@@ -75,6 +75,20 @@ def test_an_empty_map_begins_anew_as_one_with_that_of_most_images() -> None:
     assert 0.45 < float((twins == 1).float().mean()) < 0.55
 
 
+def test_of_several_maps_of_one_kind_one_is_left() -> None:
+    """Each is missed least while there are others of it, the last one most."""
+    kind = torch.tensor([0, 0, 0, 1, 1, 2])  # of each map
+    image = torch.arange(3).repeat_interleave(50)
+    fit = torch.where(image[:, None] == kind, 10.0, 0.0) + torch.rand(
+        150, 6, generator=torch.Generator().manual_seed(0)
+    )
+    fit[:, 1] += 3.0 * (image == 0)
+    kept = map_mixture.least_missed(fit, 3)
+    assert kind[kept].tolist() == [0, 1, 2]
+    assert 1 in kept.tolist()  # the best of its kind
+    assert map_mixture.least_missed(fit, 6).tolist() == list(range(6))
+
+
 def test_no_map_is_left_without_images(tmp_path: Path) -> None:
     """More maps than images can fill: one of no images would not be a number."""
     particles = hinge_images(tmp_path / "one", 2, 12, BOX, 0.5)

@@ -11,8 +11,11 @@ from images import blobs, hinge_images
 
 from pyro_cryo.data.particles import Particles
 from pyro_cryo.guides.poses import PoseModes, PosePrior, moved
+from pyro_cryo.inference import moving
 from pyro_cryo.inference.moving import free_of, generators, refined_with_motion, without_rigid
+from pyro_cryo.inference.pose_em import PoseEM, Solved
 from pyro_cryo.inference.refine import refined
+from pyro_cryo.inference.stages import Reached
 from pyro_cryo.physics.rotations import angle_deg, exp, random_rotations
 from pyro_cryo.physics.slices import fourier_grid, read_grid, slice_coordinates
 
@@ -114,3 +117,37 @@ def test_a_killed_refinement_goes_on(swinging: Particles, tmp_path: Path, monkey
     assert float(angle_deg(whole.modes.best[0], again.modes.best[0]).quantile(0.95)) < 0.15
     assert again.evidence == pytest.approx(whole.evidence, abs=0.05)
     assert float(angle_deg(again.modes.best[0], some.rotation).median()) > 0.3  # they moved
+
+
+def test_hands_that_show_late_are_mirrored_and_all_passes_made_again(
+    swinging: Particles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first passes no state has the wrong hand, after the last linear one some have."""
+    count, made, begun = len(swinging), [], []
+    centre = PosePrior(EVERY.expand(count, 3, 3), torch.zeros(count, 2), math.inf, 1.0)
+    mirrored = PoseModes.single(swinging.rotation, torch.ones(count, 2))
+    answers = iter((None, mirrored))
+
+    def passed(
+        em: PoseEM, start: PoseModes, band: float, solve: object, eckart: bool, reached: Reached | None
+    ) -> moving._Pass:
+        made.append((band, eckart, isinstance(solve, moving._Linear)))
+        begun.append((start if reached is None else reached.modes).translation.max())
+        known = Solved(torch.zeros(BOX, BOX, BOX), torch.zeros(BOX // 2 + 1))
+        modes = start if reached is None else reached.modes
+        return moving._Pass(Reached(known, modes, 0.0), None, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(moving, "_pass", passed)
+    monkeypatch.setattr(moving, "_mirrored_where_wrong", lambda *_: next(answers))
+    found = refined_with_motion(swinging, centre, EVERY, first=8.0)
+    bands, curved = made[: -moving.CURVED_PASSES], made[-moving.CURVED_PASSES :]
+    once, again = bands[: len(bands) // 2], bands[len(bands) // 2 :]
+    assert once == again
+    assert [eckart for _, eckart, _ in once] == [n < moving.HELD for n in range(len(once))]
+    assert once[-1][0] == BOX / 2 - 1
+    assert len(once) > moving.HELD + 1
+    assert all(linear for *_, linear in bands)
+    assert not any(linear for *_, linear in curved)
+    assert max(begun[: len(once)]) == 0
+    assert min(begun[len(once) :]) == 1
+    torch.testing.assert_close(found.modes.translation, mirrored.translation)
