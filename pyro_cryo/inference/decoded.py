@@ -73,7 +73,14 @@ def tabulated(run: Run, generator: torch.Generator) -> tuple[Family, Tensor]:
     """The family of the maps at the z of particles drawn at random, and their mean (D, D, D)."""
     z = torch.as_tensor(run.latent.z, dtype=torch.float32)
     z = z[torch.randperm(len(z), generator=generator)[:POINTS]]
-    maps = run.volume(z).to(run.device)
+    return family_of_maps(z.to(run.device), run.volume(z).to(run.device), run.model.sigma.detach())
+
+
+def family_of_maps(z: Tensor, maps: Tensor, sigma: Tensor) -> tuple[Family, Tensor]:
+    """The family of maps (L, D, D, D) at points z (L, r), all alike, in noise sigma (noise groups, D / 2 + 1).
+
+    Beside it their mean (D, D, D).
+    """
     middle = maps.mean(0)
     side, count = min(MOST_SIDE, maps.shape[-1]), len(maps)
     away = torch.stack([resize(one - middle, side) for one in maps]).flatten(1)
@@ -82,6 +89,5 @@ def tabulated(run: Run, generator: torch.Generator) -> tuple[Family, Tensor]:
     kept = value > 1e-6 * value[0]
     features = vector[:, kept] * math.sqrt(count)
     basis = (features.T @ away).view(-1, side, side, side) / count
-    coefficients = TabulatedCoefficients(z.to(run.device), features)
     everything = torch.cat([resize(middle, side)[None], basis])
-    return Family(everything, coefficients, run.model.sigma.detach(), torch.zeros(0)), middle
+    return Family(everything, TabulatedCoefficients(z, features), sigma, torch.zeros(0)), middle

@@ -77,10 +77,10 @@ class MapMixture:
         return MapMixture(tuple(known), (share / share.sum()).log(), same, tuple(added))
 
     def of_maps(self, kept: Tensor) -> MapMixture:
-        """Only those of these numbers (m,), which are all apart from each other."""
-        numbers = kept.tolist()
-        log_share = self.log_share[kept].log_softmax(0)
-        return MapMixture(tuple(self.known[n] for n in numbers), log_share, torch.arange(len(numbers)))
+        """Only the maps of these numbers (m,)."""
+        known, one_with = tuple(self.known[number] for number in kept.tolist()), self.same[kept]
+        same = (one_with[:, None] == one_with).int().argmax(1)
+        return MapMixture(known, self.log_share[kept].log_softmax(0), same)
 
     @property
     def state(self) -> dict[str, Any]:

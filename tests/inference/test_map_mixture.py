@@ -89,6 +89,15 @@ def test_of_several_maps_of_one_kind_one_is_left() -> None:
     assert map_mixture.least_missed(fit, 6).tolist() == list(range(6))
 
 
+def test_maps_that_are_left_are_still_one_where_they_were() -> None:
+    known = tuple(Solved(torch.full((4, 4, 4), float(n)), torch.zeros(3)) for n in range(5))
+    mixture = MapMixture(known, torch.full((5,), 0.2).log(), torch.tensor([0, 1, 0, 3, 0]))
+    left = mixture.of_maps(torch.tensor([1, 2, 4]))
+    assert left.same.tolist() == [0, 1, 1]
+    assert [float(one.volume[0, 0, 0]) for one in left.known] == [1, 2, 4]
+    assert float(left.log_share.exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
 def test_no_map_is_left_without_images(tmp_path: Path) -> None:
     """More maps than images can fill: one of no images would not be a number."""
     particles = hinge_images(tmp_path / "one", 2, 12, BOX, 0.5)
