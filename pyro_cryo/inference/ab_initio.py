@@ -74,9 +74,9 @@ def ab_initio(
 
     symmetry: (G, 3, 3) point group of the map
     shift_sd: of the particles about the box centre, pixels along each axis (default: box / 25)
-    maps:     how many different ones the particles may have. With several, poses are searched in all of them, which
-              are then brought to one frame where they have no symmetry; they do not climb, and the map that comes with
-              them is of all images
+    maps:     how many different ones the particles may have. With several, poses are searched in all of them, what is
+              left of more that part. They are then brought to one frame where they have no symmetry; they do not climb,
+              and the map that comes with them is of all images
     starts:   random maps that are raced
     finest:   band of the last pass in one map, cycles a box (default: all that images show)
     kept:     file of the state after each stage, from which a killed search goes on

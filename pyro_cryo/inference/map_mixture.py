@@ -25,7 +25,8 @@ from pyro_cryo.inference.search import Level
 BANDS = (5,) * 24 + (6,) * 6 + (7,) * 8 + (8,) * 6  # cycles a box, a pass each
 EXCESS = 1.4  # maps that part, of those that are asked for
 SAMPLE = 60  # images of a pass, for every map
-JUDGES = 30  # images for every map, that tell which are missed least
+JUDGES = 30  # particles for every map, that tell which are missed least
+SHARING = 20  # passes in which the shares of those that are left are fitted
 COARSE = 6.0  # cycles a box, in which cells of 30 degrees are compared at most
 VIEWS = 8  # of an image, in all maps together
 COUNTS_ON = 0.6  # of what earlier passes added
@@ -37,7 +38,7 @@ class MapMixture:
     """M maps of one box, and the log of what share of the particles each has, (M,).
 
     same:  (M,) long, the number of the map with which each is still one, often its own
-    added: what the last pass made each map of; nothing where all are still one
+    added: what the last pass made each map of; nothing where all are still one, or where some were left out
     """
 
     known: tuple[Solved, ...]
@@ -76,11 +77,10 @@ class MapMixture:
             found[[number, most]] = 0.5 * found[most]
         return MapMixture(tuple(known), (share / share.sum()).log(), same, tuple(added))
 
-    def of_maps(self, kept: Tensor) -> MapMixture:
-        """Only the maps of these numbers (m,)."""
+    def of_maps(self, kept: Tensor, log_share: Tensor) -> MapMixture:
+        """Only the maps of these numbers (m,), with these shares (m,)."""
         known, one_with = tuple(self.known[number] for number in kept.tolist()), self.same[kept]
-        same = (one_with[:, None] == one_with).int().argmax(1)
-        return MapMixture(known, self.log_share[kept].log_softmax(0), same)
+        return MapMixture(known, log_share, (one_with[:, None] == one_with).int().argmax(1))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -124,21 +124,35 @@ def added(
 
 
 def fewer(em: PoseEM, mixture: MapMixture, count: int, levels: tuple[Level, ...]) -> MapMixture:
-    """The mixture of `count` of its maps: one after the other goes that a sample of the images misses least."""
-    rows = em.sample(JUDGES * len(mixture.known))
-    on = mixture.on(box_of(levels[-1].kmax, em.particles.box))
-    each = torch.stack([em.search(rows, one, levels, 1).log_mass[:, 0] for one in on.known], 1) + mixture.log_share
-    return mixture.of_maps(least_missed(each, count))
+    """The mixture of `count` of its maps: one after the other goes that a sample of the particles misses least."""
+    particles = em.particles
+    rows = em.sample(JUDGES * len(mixture.known) * math.ceil(len(particles) / particles.n_particles))
+    on = mixture.on(box_of(levels[-1].kmax, particles.box))
+    # The mass of all cells that are looked at, whichever peak they are of.
+    each = [em.search(rows, one, levels, 1, apart=math.inf).log_mass[:, 0] for one in on.known]
+    return mixture.of_maps(*least_missed(torch.stack(each, 1), count))
 
 
-def least_missed(log_joint: Tensor, count: int) -> Tensor:
-    """Which `count` maps are left, of log p(image, map) (n, M), when one after the other goes that is missed least."""
-    kept = torch.arange(log_joint.shape[1])
+def least_missed(log_prob: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which `count` maps are left, of log p(image | map) (n, M), when one after the other goes that is missed least.
+
+    Beside them the log of their shares. What a map is worth is told with those of the others fitted anew: a second map
+    of one kind is worth nothing, and one of a rare kind what its images lose.
+    """
+    kept = torch.arange(log_prob.shape[1])
     while len(kept) > count:
         others = kept.expand(len(kept), -1)[~torch.eye(len(kept), dtype=torch.bool)].view(len(kept), -1)
-        without = log_joint[:, others].logsumexp(-1).mean(0)
-        kept = others[without.argmax()]
-    return kept
+        without = [float(_shared(log_prob[:, some])[1]) for some in others]
+        kept = others[max(range(len(without)), key=without.__getitem__)]
+    return kept, _shared(log_prob[:, kept])[0]
+
+
+def _shared(log_prob: Tensor) -> tuple[Tensor, Tensor]:
+    """The log shares (m,) under which images of log p(image | map) (n, m) are most probable, and their mean log p."""
+    log_share = torch.full_like(log_prob[0], -math.log(log_prob.shape[1]))
+    for _ in range(SHARING):
+        log_share = (log_prob + log_share).log_softmax(1).logsumexp(0) - math.log(len(log_prob))
+    return log_share, (log_prob + log_share).logsumexp(1).mean()
 
 
 def grids(kmax: float) -> tuple[Level, ...]:

@@ -48,7 +48,7 @@ CONTRAST_SD = 0.1
 HELD = 3  # passes in which components have no rigid part
 STATES = 8  # of what moves, each of which may have been found with the wrong hand
 STARTS = 10  # of fits of these
-HAND_ROUNDS = 2  # after the first passes, and one after all of them
+HAND_ROUNDS = 2
 FEW = 0.03  # of the particles, for which passes are not made again
 CURVED_PASSES = 2  # last ones, in a family that bends, from all frequencies
 LEADING = 4  # principal components of z whose squares and cubes tell of displacements too
@@ -161,17 +161,23 @@ def _pass(
 def _in_one_hand(
     em: PoseEM, bands: list[float], solve: Callable[[FamilySolver, int], Family], reached: Reached | None
 ) -> Reached:
-    """The last of some passes, and all of them again while states are found with the wrong hand."""
+    """The last of some passes, and all of them again while states are found with the wrong hand.
+
+    Beyond the first passes only where images then are more probable: nothing that follows would mend it.
+    """
     assert reached is not None
     last = _pass(em, reached.modes, bands[-1], solve, len(bands) <= HELD, reached)
-    for _ in range(HAND_ROUNDS if len(bands) <= HELD else 1):
+    for _ in range(HAND_ROUNDS):
         modes = _mirrored_where_wrong(em, last)
         if modes is None:
             break
-        reached = None
+        before, known, reached = last, (em.sigma.clone(), em.prior), None
         for number, band in enumerate(bands):
             last = _pass(em, modes, band, solve, number < HELD, reached)
             reached = last.reached
+        if len(bands) > HELD and last.reached.evidence < before.reached.evidence:
+            em.sigma, em.prior = known
+            return before.reached
     return last.reached
 
 

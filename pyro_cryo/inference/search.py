@@ -232,7 +232,7 @@ class Search:
         """The peaks of images of the map's box; sigma (noise groups, b / 2 + 1)."""
         held = NUMBERS if self.half.k.device.type == "cpu" else NUMBERS_GPU
         beam, found = self.beam, self._in_parts(batch, sigma, self.beam, held)
-        while self._numbers(beam) < self._numbers(beam * WIDER) <= held:
+        while self._numbers(beam) != self._numbers(beam * WIDER) and max(self._numbers(beam * WIDER)) <= held:
             again = (found.left_out > self.spared).nonzero()[:, 0]
             if not len(again):
                 break
@@ -240,19 +240,19 @@ class Search:
             found[again] = self._in_parts(batch[again], sigma, beam, held)
         return found
 
-    def _numbers(self, beam: int) -> int:
-        """Log likelihoods of an image that are compared at a time."""
+    def _numbers(self, beam: int) -> list[int]:
+        """Log likelihoods of an image that are compared at a time, of every level."""
         turns, shifts = len(self.cells), len(self.shifts)
-        most = turns * shifts
+        numbers = [turns * shifts]
         for level, finer in pairwise(self.levels):
             turns = (min(beam, turns) + PROBES) * 8 ** (finer.rotations - level.rotations)
             shifts = (min(beam // 2, shifts) + PROBES // 2) * 4 ** (finer.shifts - level.shifts)
-            most = max(most, turns * shifts)
-        return most
+            numbers.append(turns * shifts)
+        return numbers
 
     def _in_parts(self, batch: Batch, sigma: Tensor, beam: int, held: int) -> Found:
         """The peaks that a beam finds; so many log likelihoods are held at a time."""
-        rows = max(1, held // self._numbers(beam))
+        rows = max(1, held // max(self._numbers(beam)))
         views, view = _views(batch)
         # Particles whose first images have one field of view come together: one table of slices serves them all.
         order = batch.of_images(view[batch.first]).argsort(stable=True) if len(views) > 1 else torch.arange(len(batch))

@@ -46,6 +46,7 @@ def test_images_of_two_kinds_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(stages, "_in_one_frame", watched)
     found = ab_initio(some, torch.eye(3)[None], maps=2, shift_sd=1.0)
     (mixture,) = kept
+    assert len(mixture.known) == 2
     assert float(mixture.log_share.exp().sum()) == pytest.approx(1, abs=1e-5)
     assert found.modes.rotation.shape[0] == len(some)
     em = PoseEM(some, found.prior, torch.eye(3)[None], found.sigma, torch.Generator().manual_seed(0))
@@ -75,27 +76,36 @@ def test_an_empty_map_begins_anew_as_one_with_that_of_most_images() -> None:
     assert 0.45 < float((twins == 1).float().mean()) < 0.55
 
 
-def test_of_several_maps_of_one_kind_one_is_left() -> None:
-    """Each is missed least while there are others of it, the last one most."""
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_of_several_maps_of_one_kind_the_best_is_left(best: int) -> None:
+    """Each is missed least while there are others of it; together they are missed most."""
     kind = torch.tensor([0, 0, 0, 1, 1, 2])  # of each map
-    image = torch.arange(3).repeat_interleave(50)
-    fit = torch.where(image[:, None] == kind, 10.0, 0.0) + torch.rand(
-        150, 6, generator=torch.Generator().manual_seed(0)
-    )
-    fit[:, 1] += 3.0 * (image == 0)
-    kept = map_mixture.least_missed(fit, 3)
+    image = torch.tensor([0] * 90 + [1] * 57 + [2] * 3)
+    fit = torch.where(image[:, None] == kind, 10.0, 0.0)
+    fit += torch.rand(150, 6, generator=torch.Generator().manual_seed(0))
+    fit[:, best] += 0.5 * (image == 0)
+    kept, log_share = map_mixture.least_missed(fit, 3)
     assert kind[kept].tolist() == [0, 1, 2]
-    assert 1 in kept.tolist()  # the best of its kind
-    assert map_mixture.least_missed(fit, 6).tolist() == list(range(6))
+    assert int(kept[0]) == best
+    torch.testing.assert_close(log_share.exp(), torch.tensor([0.6, 0.38, 0.02]), atol=0.005, rtol=0)
+    assert map_mixture.least_missed(fit, 6)[0].tolist() == list(range(6))
+
+
+def test_a_rare_kind_is_missed_more_than_a_second_map_of_a_common_one() -> None:
+    image = torch.tensor([0] * 98 + [1] * 2)
+    fit = torch.where(image[:, None] == torch.tensor([0, 0, 1]), 10.0, 0.0)
+    kept, _ = map_mixture.least_missed(fit, 2)
+    assert 2 in kept.tolist()
 
 
 def test_maps_that_are_left_are_still_one_where_they_were() -> None:
     known = tuple(Solved(torch.full((4, 4, 4), float(n)), torch.zeros(3)) for n in range(5))
     mixture = MapMixture(known, torch.full((5,), 0.2).log(), torch.tensor([0, 1, 0, 3, 0]))
-    left = mixture.of_maps(torch.tensor([1, 2, 4]))
+    share = torch.tensor([0.2, 0.5, 0.3]).log()
+    left = mixture.of_maps(torch.tensor([1, 2, 4]), share)
     assert left.same.tolist() == [0, 1, 1]
     assert [float(one.volume[0, 0, 0]) for one in left.known] == [1, 2, 4]
-    assert float(left.log_share.exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(left.log_share, share)
 
 
 def test_no_map_is_left_without_images(tmp_path: Path) -> None:

@@ -119,14 +119,15 @@ def test_a_killed_refinement_goes_on(swinging: Particles, tmp_path: Path, monkey
     assert float(angle_deg(again.modes.best[0], some.rotation).median()) > 0.3  # they moved
 
 
-def test_hands_that_show_late_are_mirrored_and_all_passes_made_again(
-    swinging: Particles, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gain", [1.0, -1.0])
+def test_hands_that_show_late_are_mirrored_where_images_are_then_more_probable(
+    swinging: Particles, monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
-    """After the first passes no state has the wrong hand, after the last linear one some have."""
+    """After the first passes no state has the wrong hand, after the last linear one some have: all are made again."""
     count, made, begun = len(swinging), [], []
     centre = PosePrior(EVERY.expand(count, 3, 3), torch.zeros(count, 2), math.inf, 1.0)
     mirrored = PoseModes.single(swinging.rotation, torch.ones(count, 2))
-    answers = iter((None, mirrored))
+    answers = iter((None, mirrored, None))
 
     def passed(
         em: PoseEM, start: PoseModes, band: float, solve: object, eckart: bool, reached: Reached | None
@@ -135,7 +136,8 @@ def test_hands_that_show_late_are_mirrored_and_all_passes_made_again(
         begun.append((start if reached is None else reached.modes).translation.max())
         known = Solved(torch.zeros(BOX, BOX, BOX), torch.zeros(BOX // 2 + 1))
         modes = start if reached is None else reached.modes
-        return moving._Pass(Reached(known, modes, 0.0), None, None)  # type: ignore[arg-type]
+        em.sigma[:] = 1 + begun[-1]
+        return moving._Pass(Reached(known, modes, gain * float(begun[-1])), None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(moving, "_pass", passed)
     monkeypatch.setattr(moving, "_mirrored_where_wrong", lambda *_: next(answers))
@@ -149,5 +151,8 @@ def test_hands_that_show_late_are_mirrored_and_all_passes_made_again(
     assert all(linear for *_, linear in bands)
     assert not any(linear for *_, linear in curved)
     assert max(begun[: len(once)]) == 0
-    assert min(begun[len(once) :]) == 1
-    torch.testing.assert_close(found.modes.translation, mirrored.translation)
+    assert min(begun[len(once) : len(bands)]) == 1
+    better = float(gain > 0)
+    assert begun[len(bands)] == better
+    assert bool((found.modes.translation == better).all())
+    assert bool((found.sigma == 1 + better).all())

@@ -118,6 +118,16 @@ def test_particles_of_which_a_beam_leaves_out_much_are_searched_with_a_wider_one
     torch.testing.assert_close(found(0.02).log_mass, narrow.log_mass, atol=1e-3, rtol=1e-4)
 
 
+def test_beams_are_widened_in_many_maps_too(volume: Tensor) -> None:
+    """Though the first level, which compares all of them, has more cells than a beam that is wider."""
+    loud, many = 2.0, torch.stack([volume.roll(shift, 0) for shift in range(-6, 6)])
+    noisy, sd = observed(volume, 60, loud, torch.ones(60)), torch.full((1, BOX // 2 + 1), loud)
+    levels = (Level(1, 2, 4.5), Level(2, 3, 7.0))
+    narrow, wider = (Search(many, levels, 3.0, SHIFT_SD, EVERY, beam=8, spared=s)(noisy, sd) for s in (1.0, 0.02))
+    assert float(narrow.left_out.mean()) > 0.1
+    assert float(wider.left_out.max()) <= 0.02
+
+
 def test_peaks_are_apart_and_near_the_truth(volume: Tensor, batch: Batch, sigma: Tensor) -> None:
     found = Search(volume, (Level(1, 2, 4.5), Level(2, 3, 7.0)), 3.0, SHIFT_SD, EVERY, peaks=3)(batch, sigma)
     assert float(angle_deg(found.rotation[:, 0], batch.rotation).median()) < rotation_grid.step_deg(2)
