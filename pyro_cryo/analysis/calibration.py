@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_cryo.data.batch import Batch
@@ -195,7 +194,7 @@ def simulated(run: Run, batch: Batch) -> Simulated:
         shared = {name: node["fn"].mean for name, node in latent_of(guessed) if not of_particles(node)}
         story = poutine.condition(poutine.uncondition(run.model), data=shared)  # type: ignore[arg-type]
         told: Any = poutine.trace(story).get_trace(batch)  # type: ignore[call-arg]
-    latent = _sites(told)
+    latent = {name: node["value"] for name, node in latent_of(told) if of_particles(node)}
     image = latent.pop("image")
     own = replace(batch, image=image, window_power=1.0)  # their noise is white
     return Simulated(own, latent, shared, told.nodes["image"]["fn"].log_prob(image))
@@ -295,17 +294,6 @@ def _distance(points: Tensor) -> Tensor:
     covariance = torch.einsum("mni,mnj->nij", centred, centred) / len(points)
     precision = torch.linalg.pinv(covariance, hermitian=True)
     return torch.einsum("mni,nij,mnj->mn", centred, precision, centred).float()
-
-
-def _sites(trace: Any) -> Values:
-    """Values of the sites of a trace in the plate of particles."""
-    values = {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
-            continue
-        if of_particles(site) and not site["infer"].get("is_auxiliary"):
-            values[name] = site["value"]
-    return values
 
 
 def _log_likelihood(run: Run, made: Simulated, latent: Values) -> Tensor:

@@ -133,9 +133,9 @@ def test_hands_that_show_late_are_mirrored_where_images_are_then_more_probable(
         em: PoseEM, start: PoseModes, band: float, solve: object, eckart: bool, reached: Reached | None
     ) -> moving._Pass:
         made.append((band, eckart, isinstance(solve, moving._Linear)))
-        begun.append((start if reached is None else reached.modes).translation.max())
-        known = Solved(torch.zeros(BOX, BOX, BOX), torch.zeros(BOX // 2 + 1))
         modes = start if reached is None else reached.modes
+        begun.append(modes.translation.max())
+        known = Solved(torch.zeros(BOX, BOX, BOX), torch.zeros(BOX // 2 + 1))
         em.sigma[:] = 1 + begun[-1]
         return moving._Pass(Reached(known, modes, gain * float(begun[-1])), None, None)  # type: ignore[arg-type]
 
